@@ -1,0 +1,82 @@
+"""Starts and cancels jobs. The child is a session of its own, at lower priority, with its own log file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from engine.errors import ChildFailedError
+from engine.jobs.spec import JobSpec
+from engine.jobs.store import JobStore, JobView
+
+GRACE_SECONDS = 10.0
+
+
+def launch(spec: JobSpec, jobs_folder: Path) -> JobView:
+    """Start `spec` as a detached process and return its view at once.
+
+    The child runs `python -P -m engine.jobs.child FOLDER`: -P keeps a user's own folder named `training/`
+    in the current directory from being imported. It survives this process, the terminal and SSH.
+    """
+    store = JobStore(jobs_folder)
+    job = store.create(spec)
+    package_root = str(Path(__file__).resolve().parents[2])
+    environment = dict(os.environ, PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH", "")]))
+    try:
+        with (job.folder / "log.txt").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "engine.jobs.child", str(job.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=environment,
+            )
+    except OSError as error:
+        raise ChildFailedError(f"cannot start a job process: {error}") from error
+    _CHILDREN.append(process)  # reaped by `reap`, so that no zombie looks alive
+    return store.get(job.id)
+
+
+_CHILDREN: list[subprocess.Popen[bytes]] = []
+
+
+def reap() -> None:
+    """Collect finished children of this very process (jobs started by others are their parents' or init's)."""
+    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
+
+
+def cancel(job: JobView, grace: float = GRACE_SECONDS) -> bool:
+    """Stop a job and everything it started: SIGTERM, then SIGKILL after `grace` seconds.
+
+    Descendants are found by pid and checked by start time (workers may have sessions of their own).
+    Returns False when the job had already ended. Blocks up to `grace` seconds.
+    """
+    if job.final or job.pid is None:
+        return False
+    try:
+        root = psutil.Process(job.pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return False
+    for process in family:
+        _signal(process, kill=False)
+    _, alive = psutil.wait_procs(family, timeout=grace)
+    for process in alive:
+        _signal(process, kill=True)
+    psutil.wait_procs(alive, timeout=2)
+    reap()
+    return True
+
+
+def _signal(process: psutil.Process, *, kill: bool) -> None:
+    try:
+        if process.is_running():  # compares start time too: a reused pid is not ours
+            process.kill() if kill else process.terminate()
+    except psutil.NoSuchProcess:
+        pass

@@ -1,0 +1,158 @@
+"""A model folder: config.json, safetensors shards (with or without an index), and the files beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from engine.errors import BadModelError
+from engine.weights.tensorfile import TensorFile, TensorInfo, file_sha256
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# What a complete model carries besides weights; copied along with a merge.
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "LICENSE", "NOTICE", "README.md",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder read by headers only. `tensors` maps every tensor name to where it lies."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: tuple[TensorFile, ...]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Open a folder with config.json and safetensors weights.
+
+        Raises:
+            BadModelError: not a folder, no config, no weights, pickle weights, an index that names missing
+                shards or tensors, a tensor in two shards.
+            BadTensorFileError: a shard that is truncated or damaged.
+        """
+        if not folder.is_dir():
+            raise BadModelError(f"{folder} is not a folder", "give a model folder with config.json and safetensors")
+        config = read_json(folder / "config.json", BadModelError, "a model folder has config.json")
+        shards = [TensorFile.open(path) for path in _shard_paths(folder)]
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            for name, tensor in shard.tensors.items():
+                if name in tensors:
+                    raise BadModelError(f"tensor {name} is in both {tensors[name].file.name} and {shard.path.name}")
+                tensors[name] = tensor
+        _check_index(folder, tensors)
+        return cls(folder, config, tuple(shards), tensors)
+
+    @property
+    def name(self) -> str:
+        """What the folder says it is called: `name` in medmerge.json (demo base, merges), else the folder name."""
+        try:
+            note = json.loads((self.folder / "medmerge.json").read_text(encoding="utf-8"))
+            return str(note["name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return self.folder.name
+
+    @property
+    def architecture(self) -> str:
+        """The first of config.json's `architectures`, e.g. "LlamaForCausalLM" ("" when it names none)."""
+        named = self.config.get("architectures") or [""]
+        return str(named[0]) if isinstance(named, list) else ""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that holds most bytes, e.g. "BF16"."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        return max(sizes, key=lambda key: sizes[key]) if sizes else ""
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.get("num_hidden_layers") or 0)
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", False))
+
+    @property
+    def companions(self) -> list[Path]:
+        """Tokenizer, templates and configs beside the weights that exist here."""
+        found = [self.folder / name for name in COMPANIONS if (self.folder / name).is_file()]
+        extra = sorted((self.folder / "additional_chat_templates").glob("*.jinja"))
+        return found + extra
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of every shard by file name; reads all weights once (slow for big models), then is kept."""
+        return {shard.path.name: file_sha256(shard.path) for shard in self.shards}
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        raw = read_json(index, BadModelError, "")
+        names = raw.get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise BadModelError(f"{index} has no weight_map")
+        shard_names = sorted({str(value) for value in names.values()})
+        for name in shard_names:
+            if Path(name).name != name:
+                raise BadModelError(f"{index} names the shard {name!r}, which is not a plain file name")
+            if not (folder / name).is_file():
+                raise BadModelError(f"{index} names {name}, which is not in {folder}", "the download is incomplete")
+        return [folder / name for name in shard_names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+        raise BadModelError(
+            f"{folder} holds pickle weights (.bin/.pt), which are never loaded: they can run code",
+            "load it with transformers where you trust it, and save_pretrained(...) as safetensors",
+        )
+    found = sorted(folder.glob("*.safetensors"))
+    hint = f"found {found[0].name}, but no {SINGLE} and no {INDEX}" if found else f"expected {SINGLE} or {INDEX}"
+    if (folder / "adapter_config.json").is_file():
+        hint = "this is an adapter; the base is the model it was trained from"
+    raise BadModelError(f"{folder} has no model weights", hint)
+
+
+def _check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    if not (folder / INDEX).is_file():
+        return
+    weight_map = read_json(folder / INDEX, BadModelError, "")["weight_map"]
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise BadModelError(f"{folder / INDEX} says {name} is in {file}, and it is not")
+    strays = tensors.keys() - weight_map.keys()
+    if strays:
+        raise BadModelError(f"{folder / INDEX} does not name {sorted(strays)[0]}, which is in a shard")
+
+
+def read_json(path: Path, error_class: type[BadModelError] | type[Any], hint: str) -> dict[str, Any]:
+    """A JSON object from a file, or `error_class` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise error_class(f"{path} is missing", hint) from error
+    except (OSError, ValueError) as error:
+        raise error_class(f"{path} cannot be read as JSON: {error}", hint) from error
+    if not isinstance(value, dict):
+        raise error_class(f"{path} should hold a JSON object", hint)
+    return value
