@@ -108,6 +108,7 @@ def make_base(target: Path, events: EventWriter) -> Path:
         model.config.dtype = torch.bfloat16
         model.config.quantization_config = None
         del model.config.quantization_config
+        model.config.__dict__.pop("_model_name_or_path", None)  # the GGUF's own label, no path of ours
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -116,6 +117,8 @@ def make_base(target: Path, events: EventWriter) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         events.progress(2, 3, "steps", "hashing", phase="base")
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600; a shared workspace should be readable
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(partial.iterdir())
