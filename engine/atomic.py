@@ -44,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno == errno.ENOSPC:
@@ -60,7 +60,8 @@ def refuse_existing(target: Path) -> None:
     """Raise TargetExistsError when there is anything at `target`."""
     if target.exists() or target.is_symlink():
         raise TargetExistsError(
-            f"{target} is already there", "results are never overwritten: choose another name or remove it yourself"
+            f"{target} is already there",
+            "results are never overwritten: choose another name or remove it yourself",
         )
 
 
@@ -99,13 +100,14 @@ def new_folder(target: Path) -> Iterator[Path]:
             (partial / _OWNER).unlink(missing_ok=True)
             sync_tree(partial)
             refuse_existing(target)
-            os.rename(partial, target)
+            partial.rename(target)
             fsync_path(target.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno == errno.ENOSPC:
             raise NoSpaceError(
-                f"the disk filled up while writing {target}; nothing was kept", "free some space and run it again"
+                f"the disk filled up while writing {target}; nothing was kept",
+                "free some space and run it again",
             ) from error
         raise
     except BaseException:

@@ -31,7 +31,9 @@ def run_job(folder: Path) -> int:
     """Run the job in `folder` to its end; returns its exit code, which job.json holds as well."""
     signal.signal(signal.SIGTERM, _on_term)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl+c in the terminal goes to the one who follows, not to us
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # ctrl+c in the terminal goes to the one who follows, not to us
     try:
         os.nice(5)
     except OSError:
@@ -49,7 +51,9 @@ def run_job(folder: Path) -> int:
         if "result" in outcome:
             events.emit("result", **outcome["result"])
         else:
-            events.emit("error", message=outcome["error"], hint=outcome["hint"], exit_code=outcome["exit_code"])
+            events.emit(
+                "error", message=outcome["error"], hint=outcome["hint"], exit_code=outcome["exit_code"]
+            )
         write_json(folder / "job.json", state)
         events.emit("finished", state=state["state"], exit_code=state["exit_code"])
     return int(state["exit_code"])

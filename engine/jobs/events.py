@@ -78,7 +78,9 @@ class EventWriter:
             self.kept.append(Event(now, type_, data))
         if self._file:
             try:
-                self._file.write(json.dumps({"t": round(now, 3), "type": type_, **data}, ensure_ascii=False) + "\n")
+                self._file.write(
+                    json.dumps({"t": round(now, 3), "type": type_, **data}, ensure_ascii=False) + "\n"
+                )
                 self._file.flush()
             except OSError:  # the disk is full: the work itself matters more than its log
                 pass

@@ -26,7 +26,9 @@ def launch(spec: JobSpec, jobs_folder: Path) -> JobView:
     job = store.create(spec)
     package_root = str(Path(__file__).resolve().parents[2])
     environment = dict(os.environ, PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH", "")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [package_root, environment.get("PYTHONPATH", "")])
+    )
     try:
         with (job.folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(

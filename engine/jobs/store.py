@@ -84,7 +84,10 @@ class JobStore:
         if not self.folder.is_dir():
             return []
         found = [entry for entry in self.folder.iterdir() if (entry / "spec.json").is_file()]
-        return [entry.name for entry in sorted(found, key=lambda e: (e / "spec.json").stat().st_mtime, reverse=True)]
+        return [
+            entry.name
+            for entry in sorted(found, key=lambda e: (e / "spec.json").stat().st_mtime, reverse=True)
+        ]
 
     def list(self) -> list[JobView]:
         """Every readable job, newest first; a broken folder is skipped rather than hiding the others."""

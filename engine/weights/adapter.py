@@ -106,7 +106,9 @@ class Adapter:
             raise BadAdapterError(f"{folder / WEIGHTS} holds no LoRA factors")
         training: dict[str, Any] = {}
         if (folder / MANIFEST).is_file():
-            training = read_json(folder / MANIFEST, BadAdapterError, "delete it to use the adapter without it")
+            training = read_json(
+                folder / MANIFEST, BadAdapterError, "delete it to use the adapter without it"
+            )
         return cls(folder, config, file, factors, training)
 
     @property
@@ -193,7 +195,9 @@ class Adapter:
         layers: dict[int, float] = {}
         for factor in self.factors.values():
             a, b = read_rows(factor.a).astype(np.float64), read_rows(factor.b).astype(np.float64)
-            not_finite += [info.name for info, x in ((factor.a, a), (factor.b, b)) if not np.isfinite(x).all()]
+            not_finite += [
+                info.name for info, x in ((factor.a, a), (factor.b, b)) if not np.isfinite(x).all()
+            ]
             if not b.any():
                 zero_b.append(factor.module)
             layer = re.search(r"\.(\d+)\.", factor.module)
@@ -209,7 +213,9 @@ def refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
     kind = str(config.get("peft_type", "")).upper()
     path = folder / CONFIG
     if kind != "LORA":
-        raise BadAdapterError(f"{path}: peft_type is {kind or 'not given'}, only LORA can be merged exactly here")
+        raise BadAdapterError(
+            f"{path}: peft_type is {kind or 'not given'}, only LORA can be merged exactly here"
+        )
     named = {
         "use_dora": "DoRA (its merge is not linear in the weight)",
         "modules_to_save": "modules_to_save (whole replaced modules)",
@@ -221,9 +227,13 @@ def refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
     }  # fmt: skip
     for key, words in named.items():
         if words and config.get(key):
-            raise BadAdapterError(f"{path}: uses {words}, which this version does not merge", "see docs/architecture.md")
+            raise BadAdapterError(
+                f"{path}: uses {words}, which this version does not merge", "see docs/architecture.md"
+            )
     if config.get("bias", "none") not in ("none", None):
-        raise BadAdapterError(f"{path}: trains biases (bias={config['bias']!r}), which this version does not merge")
+        raise BadAdapterError(
+            f"{path}: trains biases (bias={config['bias']!r}), which this version does not merge"
+        )
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and (start.lower().startswith(("pissa", "olora", "corda", "loftq"))):
         raise BadAdapterError(
@@ -239,7 +249,9 @@ def _pair(folder: Path, config: dict[str, Any], file: TensorFile) -> dict[str, L
         if not match:
             raise BadAdapterError(f"{file.path}: key {name} is no lora_A or lora_B of a linear layer")
         if len(tensor.shape) != 2 or not tensor.is_float or 0 in tensor.shape:
-            raise BadAdapterError(f"{file.path}: {name} is {tensor.dtype} {list(tensor.shape)}, expected a float matrix")
+            raise BadAdapterError(
+                f"{file.path}: {name} is {tensor.dtype} {list(tensor.shape)}, expected a float matrix"
+            )
         pair = halves.setdefault(match["module"], {})
         if match["part"] in pair:
             raise BadAdapterError(f"{file.path}: two tensors for {match['part']} of {match['module']}")
@@ -247,7 +259,9 @@ def _pair(folder: Path, config: dict[str, Any], file: TensorFile) -> dict[str, L
     factors = {}
     for module, pair in halves.items():
         if len(pair) != 2:
-            raise BadAdapterError(f"{file.path}: {module} has only {next(iter(pair))}", "A and B come in pairs")
+            raise BadAdapterError(
+                f"{file.path}: {module} has only {next(iter(pair))}", "A and B come in pairs"
+            )
         factors[module] = _factor(folder, config, module, pair["lora_A"], pair["lora_B"])
     return factors
 
@@ -255,7 +269,9 @@ def _pair(folder: Path, config: dict[str, Any], file: TensorFile) -> dict[str, L
 def _factor(folder: Path, config: dict[str, Any], module: str, a: TensorInfo, b: TensorInfo) -> LoraFactor:
     path = folder / CONFIG
     rank = _number(path, "r", pattern_value(config.get("rank_pattern"), module, config.get("r", 0)))
-    alpha = _number(path, "lora_alpha", pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha")))
+    alpha = _number(
+        path, "lora_alpha", pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    )
     if a.shape[0] != b.shape[1] or a.shape[0] != rank:
         raise BadAdapterError(
             f"{a.file}: {module} has A {list(a.shape)} and B {list(b.shape)}; {path} says rank {int(rank)}",
@@ -266,7 +282,12 @@ def _factor(folder: Path, config: dict[str, Any], module: str, a: TensorInfo, b:
 
 
 def _number(path: Path, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
         raise BadAdapterError(f"{path}: {key} should be a positive number, and is {value!r}")
     return float(value)
 
@@ -285,5 +306,7 @@ def pattern_value(patterns: Any, module: str, default: Any) -> Any:
             if re.match(expression, module):
                 return value
         except re.error as error:
-            raise BadAdapterError(f"rank_pattern/alpha_pattern key {key!r} is no regular expression: {error}") from error
+            raise BadAdapterError(
+                f"rank_pattern/alpha_pattern key {key!r} is no regular expression: {error}"
+            ) from error
     return default

@@ -41,14 +41,18 @@ class Checkpoint:
             BadTensorFileError: a shard that is truncated or damaged.
         """
         if not folder.is_dir():
-            raise BadModelError(f"{folder} is not a folder", "give a model folder with config.json and safetensors")
+            raise BadModelError(
+                f"{folder} is not a folder", "give a model folder with config.json and safetensors"
+            )
         config = read_json(folder / "config.json", BadModelError, "a model folder has config.json")
         shards = [TensorFile.open(path) for path in _shard_paths(folder)]
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
             for name, tensor in shard.tensors.items():
                 if name in tensors:
-                    raise BadModelError(f"tensor {name} is in both {tensors[name].file.name} and {shard.path.name}")
+                    raise BadModelError(
+                        f"tensor {name} is in both {tensors[name].file.name} and {shard.path.name}"
+                    )
                 tensors[name] = tensor
         _check_index(folder, tensors)
         return cls(folder, config, tuple(shards), tensors)
@@ -117,7 +121,9 @@ def _shard_paths(folder: Path) -> list[Path]:
             if Path(name).name != name:
                 raise BadModelError(f"{index} names the shard {name!r}, which is not a plain file name")
             if not (folder / name).is_file():
-                raise BadModelError(f"{index} names {name}, which is not in {folder}", "the download is incomplete")
+                raise BadModelError(
+                    f"{index} names {name}, which is not in {folder}", "the download is incomplete"
+                )
         return [folder / name for name in shard_names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -127,7 +133,9 @@ def _shard_paths(folder: Path) -> list[Path]:
             "load it with transformers where you trust it, and save_pretrained(...) as safetensors",
         )
     found = sorted(folder.glob("*.safetensors"))
-    hint = f"found {found[0].name}, but no {SINGLE} and no {INDEX}" if found else f"expected {SINGLE} or {INDEX}"
+    hint = (
+        f"found {found[0].name}, but no {SINGLE} and no {INDEX}" if found else f"expected {SINGLE} or {INDEX}"
+    )
     if (folder / "adapter_config.json").is_file():
         hint = "this is an adapter; the base is the model it was trained from"
     raise BadModelError(f"{folder} has no model weights", hint)

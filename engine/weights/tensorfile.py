@@ -93,13 +93,17 @@ class TensorFile:
             entries = json.loads(raw)
             metadata = entries.pop("__metadata__", {})
         except (ValueError, AttributeError) as error:
-            raise BadTensorFileError(f"{path}: its header is not JSON ({error})", "download or copy it again") from error
+            raise BadTensorFileError(
+                f"{path}: its header is not JSON ({error})", "download or copy it again"
+            ) from error
         tensors = [_tensor(path, name, entry, 8 + length, size) for name, entry in entries.items()]
         tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
         position = 8 + length
         for tensor in tensors:
             if tensor.start != position:
-                raise BadTensorFileError(f"{path}: tensor {tensor.name} starts at byte {tensor.start}, expected {position}")
+                raise BadTensorFileError(
+                    f"{path}: tensor {tensor.name} starts at byte {tensor.start}, expected {position}"
+                )
             position += tensor.nbytes
         if position != size:
             raise BadTensorFileError(
@@ -114,7 +118,9 @@ def _tensor(path: Path, name: str, entry: object, data_start: int, size: int) ->
     try:
         assert isinstance(entry, dict)
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers_ok = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+        numbers_ok = all(
+            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end)
+        )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise BadTensorFileError(f"{path}: the header entry of {name!r} is malformed") from error
     if not numbers_ok:
@@ -137,7 +143,9 @@ def read_bytes(tensor: TensorInfo, offset: int = 0, count: int | None = None) ->
         while len(data) < count:  # pread returns at most 2 GiB at once
             more = os.pread(file.fileno(), count - len(data), tensor.start + offset + len(data))
             if not more:
-                raise BadTensorFileError(f"{tensor.file} ended inside tensor {tensor.name}", "it is truncated")
+                raise BadTensorFileError(
+                    f"{tensor.file} ended inside tensor {tensor.name}", "it is truncated"
+                )
             data += more
     return data
 
@@ -149,7 +157,9 @@ def read_rows(tensor: TensorInfo, first: int = 0, count: int | None = None) -> F
     """
     count = tensor.rows - first if count is None else count
     row_bytes = tensor.columns * ITEM_SIZE[tensor.dtype]
-    return widen(read_bytes(tensor, first * row_bytes, count * row_bytes), tensor.dtype).reshape(count, tensor.columns)
+    return widen(read_bytes(tensor, first * row_bytes, count * row_bytes), tensor.dtype).reshape(
+        count, tensor.columns
+    )
 
 
 def widen(data: bytes | memoryview, dtype: str) -> Float32Array:
