@@ -140,11 +140,12 @@ def _owner(partial: Path) -> tuple[int, float] | None:
 
 
 def start_time(pid: int) -> float:
-    """When a process started (Unix seconds), 0.0 if there is none: pid and start time name a process."""
+    """When a living process started (Unix seconds), 0.0 if there is none: pid and start name a process."""
     import psutil
 
     try:
-        return psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.Error:
         return 0.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,7 @@ def cancel(job: JobView, grace: float = GRACE_SECONDS) -> bool:
     Descendants are found by pid and checked by start time (workers may have sessions of their own).
     Returns False when the job had already ended. Blocks up to `grace` seconds.
     """
+    job = _once_started(job)
     if job.final or job.pid is None:
         return False
     try:
@@ -74,6 +76,16 @@ def cancel(job: JobView, grace: float = GRACE_SECONDS) -> bool:
     psutil.wait_procs(alive, timeout=2)
     reap()
     return True
+
+
+def _once_started(job: JobView, seconds: float = 5.0) -> JobView:
+    """The job as it is now; one that is just starting gets a moment to say its pid."""
+    store, deadline = JobStore(job.folder.parent), time.monotonic() + seconds
+    job = store.get(job.id)
+    while job.state == "starting" and job.pid is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        job = store.get(job.id)
+    return job
 
 
 def _signal(process: psutil.Process, *, kill: bool) -> None:

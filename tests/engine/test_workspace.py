@@ -10,7 +10,9 @@ from engine.errors import BadInputError
 from engine.workspace import FOLDERS, Workspace
 
 
-def test_found_by_argument_then_environment_then_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_found_by_argument_then_environment_then_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDMERGE_WORKSPACE", str(tmp_path / "env"))
     assert Workspace.find(tmp_path / "arg").root == tmp_path / "arg"
@@ -28,7 +30,7 @@ def test_create_makes_the_folders_and_keeps_what_is_there(tmp_path: Path) -> Non
     assert workspace.places("adapters") == [workspace.adapters]
 
 
-@pytest.mark.parametrize("text", ["not toml [", "[extra]\nbases = 3", '[extra]\nbases = [3]'])
+@pytest.mark.parametrize("text", ["not toml [", "[extra]\nbases = 3", "[extra]\nbases = [3]"])
 def test_a_broken_workspace_file_is_named(tmp_path: Path, text: str) -> None:
     workspace = Workspace.find(tmp_path / "w").create()
     (workspace.root / "workspace.toml").write_text(text)

@@ -57,7 +57,9 @@ def test_labels_paths_and_weights() -> None:
 def test_amounts_and_durations() -> None:
     assert [amount(n, "B") for n in (12, 3_400, 5_600_000, 7.8e9)] == ["12 B", "3 kB", "6 MB", "7.80 GB"]
     assert [duration(n) for n in (5, 600, 7500)] == ["5 s", "10 min", "2 h 05 min"]
-    text = progress_text({"done": 5e6, "total": 1e7, "unit": "B", "rate": 1e6, "eta_s": 5, "message": "x\x1b[2Jy"})
+    text = progress_text(
+        {"done": 5e6, "total": 1e7, "unit": "B", "rate": 1e6, "eta_s": 5, "message": "x\x1b[2Jy"}
+    )
     assert "50%" in text and "5 s left" in text and "\x1b" not in text
 
 

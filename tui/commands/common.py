@@ -242,10 +242,10 @@ def duration(seconds: float) -> str:
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
     """A plain aligned text table; columns of numbers are right-aligned."""
-    from wcwidth import wcswidth
+    from rich.cells import cell_len
 
     cells = [[plain(str(cell)) for cell in row] for row in [headers, *rows]]
-    widths = [max(max(wcswidth(row[i]), 0) for row in cells) for i in range(len(headers))]
+    widths = [max(cell_len(row[i]) for row in cells) for i in range(len(headers))]
     numeric = [
         bool(rows) and all(row[i][:1] in "0123456789-+.≈" or not row[i] for row in cells[1:])
         for i in range(len(headers))
@@ -254,7 +254,7 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
     def line(row: list[str]) -> str:
         padded = []
         for cell, width, right in zip(row, widths, numeric, strict=True):
-            space = " " * (width - max(wcswidth(cell), 0))
+            space = " " * (width - cell_len(cell))
             padded.append(space + cell if right else cell + space)
         return "  ".join(padded).rstrip()
 

@@ -93,6 +93,12 @@ def test_cancel_ends_the_job_and_workers_in_sessions_of_their_own(tmp_path: Path
     assert not cancel(job), "a finished job cannot be cancelled again"
 
 
+def test_a_job_can_be_cancelled_the_moment_it_was_started(tmp_path: Path) -> None:
+    job = start(tmp_path, "wait_with_worker", pids=str(tmp_path / "p"), cleaned=str(tmp_path / "c"))
+    assert cancel(job)
+    assert finish(job).state == "cancelled"
+
+
 def test_a_killed_job_is_lost_and_its_events_stay(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     job = start(tmp_path / "jobs", "wait_with_worker", pids=str(pids), cleaned=str(tmp_path / "c"))
