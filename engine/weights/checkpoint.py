@@ -14,11 +14,13 @@ from engine.weights.tensorfile import TensorFile, TensorInfo, file_sha256
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# What a complete model carries besides weights; copied along with a merge.
+# What a complete model carries besides weights; copied along with a merge. Not its README: that describes
+# another model.
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "LICENSE", "NOTICE", "README.md",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "vocab.txt", "spiece.model",
+    "tekken.json", "LICENSE", "NOTICE",
 )  # fmt: skip
 
 
@@ -102,6 +104,12 @@ class Checkpoint:
         found = [self.folder / name for name in COMPANIONS if (self.folder / name).is_file()]
         extra = sorted((self.folder / "additional_chat_templates").glob("*.jinja"))
         return found + extra
+
+    @property
+    def index_path(self) -> Path | None:
+        """The index of a sharded checkpoint, None for a single file."""
+        path = self.folder / INDEX
+        return path if path.is_file() else None
 
     @cached_property
     def sha256(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +134,24 @@ def _tensor(path: Path, name: str, entry: object, data_start: int, size: int) ->
             "the file is truncated or damaged: download or copy it again",
         )
     return TensorInfo(name, dtype, shape, path, data_start + begin, end - begin)
+
+
+def encode_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The length bytes and JSON header of a new file holding (name, dtype, shape) in this order, no holes.
+
+    Padded with spaces to a multiple of 8 bytes, as the format's own writer does.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + math.prod(shape) * ITEM_SIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def read_bytes(tensor: TensorInfo, offset: int = 0, count: int | None = None) -> bytes:

@@ -1,0 +1,71 @@
+"""What background jobs call: merge, plan, verify, interference. Parameters and results are JSON.
+
+Imports numpy only inside the functions, after the BLAS threads were set: the workers here are our own threads,
+and OpenBLAS's, one team per product, would fight them (measured: 60 times slower on a busy machine).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from engine.jobs.events import EventWriter
+
+for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+
+def run_merge(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
+    """params: recipe (a recipe document with absolute paths), verify (bool, default True), threads (optional)."""
+    from engine.merge.execute import merge
+    from engine.merge.recipe import parse
+
+    recipe = parse(params["recipe"], "recipe", [])
+    return merge(recipe, events, verify=bool(params.get("verify", True)), threads=params.get("threads"))
+
+
+def run_plan(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
+    """params: recipe. Returns the plan with its cost and the predicted rounding loss; writes nothing."""
+    from engine.merge.forecast import forecast
+    from engine.merge.plan import make_plan, refuse_broken_adapters
+    from engine.merge.recipe import parse
+
+    plan = make_plan(parse(params["recipe"], "recipe", []))
+    refuse_broken_adapters(plan)
+    return {**plan.to_dict(), **forecast(plan, events), "exit_code": 0}
+
+
+def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
+    """params: merged, base, adapters {label: path}, weights {label: number} or None, manifest (bool).
+
+    With `manifest` only the hashes of an earlier merge are checked, and nothing else is needed.
+    """
+    if params.get("manifest"):
+        from engine.merge.manifest import check_manifest
+
+        return check_manifest(Path(params["merged"]), events)
+    from engine.merge.verify import verify_merge
+
+    verdict = verify_merge(
+        Path(params["merged"]),
+        Path(params["base"]),
+        {label: Path(path) for label, path in params["adapters"].items()},
+        params.get("weights"),
+        events,
+    )
+    return {**verdict.to_json(), "exit_code": verdict.exit_code}
+
+
+def run_interference(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
+    """params: adapters {label: path}, base (optional: then the adapters are checked against it first)."""
+    from engine.merge.interference import compare
+
+    adapters = {label: Path(path) for label, path in params["adapters"].items()}
+    if params.get("base"):
+        from engine.weights import Adapter, Checkpoint
+
+        base = Checkpoint.open(Path(params["base"]))
+        for path in adapters.values():
+            Adapter.open(path).match(base)
+    return {**compare(adapters, events), "exit_code": 0}
