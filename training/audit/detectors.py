@@ -97,9 +97,13 @@ class NearIndex:
         for band in bands:
             self._buckets[band].append(len(self._entries) - 1)
 
-    def similar(self, shingle_set: np.ndarray, bands: list[tuple[int, bytes]]) -> list[tuple[Document, float]]:
+    def similar(
+        self, shingle_set: np.ndarray, bands: list[tuple[int, bytes]]
+    ) -> list[tuple[Document, float]]:
         candidates = sorted({entry for band in bands for entry in self._buckets.get(band, ())})
-        found = ((self._entries[entry][0], jaccard(shingle_set, self._entries[entry][1])) for entry in candidates)
+        found = (
+            (self._entries[entry][0], jaccard(shingle_set, self._entries[entry][1])) for entry in candidates
+        )
         return [(document, score) for document, score in found if score > JACCARD_LIMIT]
 
 

@@ -14,7 +14,17 @@ from typing import Any
 
 import numpy as np
 
-TEXT_KEYS = ("instruction", "question", "prompt", "input", "context", "output", "reference", "text", "options")
+TEXT_KEYS = (
+    "instruction",
+    "question",
+    "prompt",
+    "input",
+    "context",
+    "output",
+    "reference",
+    "text",
+    "options",
+)
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+")
 
 
@@ -24,14 +34,12 @@ def words(text: str) -> list[str]:
 
 
 def pieces(row: dict[str, Any]) -> list[str]:
-    """The text fields of a data row, each alone and in a fixed order; options of a multiple choice joined."""
-    found = []
+    """The text fields of a data row in a fixed order; each option of a multiple choice is a piece of its own."""
+    found: list[str] = []
     for key in TEXT_KEYS:
         value = row.get(key)
-        if isinstance(value, list):
-            value = " ".join(str(item) for item in value)
-        if isinstance(value, str) and value.strip():
-            found.append(value)
+        values = value if isinstance(value, list) else [value]
+        found += [item for item in values if isinstance(item, str) and item.strip()]
     return found
 
 

