@@ -12,7 +12,6 @@ import os
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from engine.chat.protocol import Sampling
 from engine.errors import BadInputError, BadTensorFileError, ChildFailedError
 
 BATCH = 512
@@ -60,6 +60,11 @@ LOG.listen()
 def system_info() -> str:
     """llama.cpp's line about the instructions it was built for."""
     return llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip()
+
+
+def supports_gpu() -> bool:
+    """Whether this build of llama.cpp can offload layers to a GPU."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
 
 
 class Model:
@@ -192,20 +197,6 @@ class Model:
     def context(self, size: int = 4096, threads: int = 0) -> Context:
         """A new context of `size` tokens (at most the model's own length), with no adapter active."""
         return Context(self, size, threads or os.cpu_count() or 1)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: temperature, then top-k, then top-p (the order of transformers and vLLM).
-
-    temperature 0 is greedy. top_k 0 and top_p 1 switch those off. The same seed gives the same text.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 42
-    max_tokens: int = 512
 
 
 class Context:
