@@ -1,0 +1,172 @@
+"""Least squares on the deltas: which weights are in the merge, and what they leave unexplained.
+
+For D = merge - base, E = D - sum_k a_k dW_k and x = argmin ||E - sum_k x_k dW_k||: the weights found are
+a + x, and the residual is ||E - sum_k x_k dW_k|| / ||D||. Working with E keeps the digits that
+||D||^2 - ... would cancel. Gram matrices come from the factors: <B_k A_k, B_l A_l> = sum (B_k^T B_l)(A_k A_l^T).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.merge.verify.measure import TensorStats
+from engine.merge.verify.rounding import Float64Array
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Weights by label order, relative residuals, and how well the deltas can be told apart."""
+
+    labels: tuple[str, ...]
+    asked: Float64Array  # (K,) what the asked weights fit to (themselves, unless they differ by tensor)
+    expected: Float64Array  # (K,) fit of the ideally rounded merge
+    found: Float64Array  # (K,)
+    error: Float64Array  # (K,) standard error of `found` from what the deltas leave unexplained
+    residual: float
+    floor: float
+    cosines: Float64Array  # (K, K) between the deltas
+    norms: Float64Array  # (K,) Frobenius norms of the scaled deltas
+
+
+def gram(stats: TensorStats) -> Float64Array:
+    """<dW_k, dW_l> of one tensor, (K, K)."""
+    product = stats.left_gram * stats.right_gram
+    scales = [delta.scale for delta in stats.deltas]
+    spans = stats.spans
+    return np.array(
+        [
+            [scales[k] * scales[m] * product[a, b].sum() for m, b in enumerate(spans)]
+            for k, a in enumerate(spans)
+        ]
+    )
+
+
+def against(stats: TensorStats, sums: Float64Array) -> Float64Array:
+    """<E, dW_k> of one tensor from B^T E A^T, (K,)."""
+    return np.array(
+        [
+            delta.scale * np.trace(sums[span, span])
+            for delta, span in zip(stats.deltas, stats.spans, strict=True)
+        ]
+    )
+
+
+def solve(matrix: Float64Array, right: Float64Array) -> Float64Array:
+    """matrix^-1 right for a Gram matrix, scaled to correlations first; directions that do not exist get 0."""
+    size = np.sqrt(np.diagonal(matrix))
+    size = np.where(size > 0, size, 1.0)
+    return np.asarray(np.linalg.pinv(matrix / np.outer(size, size), rcond=1e-11) @ (right / size) / size)
+
+
+def fit(stats: Sequence[TensorStats], labels: Sequence[str]) -> Fit:
+    """Fit all given tensors together; an adapter that touches none of them gets weight 0."""
+    position = {label: i for i, label in enumerate(labels)}
+    k = len(labels)
+    matrix, asked, found, ideal = np.zeros((k, k)), np.zeros(k), np.zeros(k), np.zeros(k)
+    found_square = ideal_square = asked_square = 0.0
+    found_cross = ideal_cross = 0.0
+    elements = 0
+    for tensor in stats:
+        at = [position[label] for label in tensor.labels]
+        own = gram(tensor)
+        found_own, ideal_own = against(tensor, tensor.found), against(tensor, tensor.ideal)
+        matrix[np.ix_(at, at)] += own
+        asked[at] += own @ tensor.asked
+        found[at] += found_own
+        ideal[at] += ideal_own
+        asked_square += float(tensor.asked @ own @ tensor.asked)
+        found_cross += float(tensor.asked @ found_own)
+        ideal_cross += float(tensor.asked @ ideal_own)
+        found_square += tensor.found_square
+        ideal_square += tensor.ideal_square
+        elements += tensor.elements
+    start, shift, ideal_shift = solve(matrix, asked), solve(matrix, found), solve(matrix, ideal)
+    left = max(0.0, found_square - float(shift @ found))
+    ideal_left = max(0.0, ideal_square - float(ideal_shift @ ideal))
+    size = max(0.0, found_square + 2 * found_cross + asked_square)
+    ideal_size = max(0.0, ideal_square + 2 * ideal_cross + asked_square)
+    norms = np.sqrt(np.diagonal(matrix))
+    safe = np.where(norms > 0, norms, 1.0)
+    correlation = matrix / np.outer(safe, safe)
+    spread = np.diagonal(np.linalg.pinv(correlation, rcond=1e-13)) / safe**2
+    return Fit(
+        tuple(labels),
+        start,
+        start + ideal_shift,
+        start + shift,
+        np.sqrt(np.maximum(spread, 0.0) * left / max(elements, 1)),
+        (left / size) ** 0.5 if size > 0 else 0.0,
+        (ideal_left / ideal_size) ** 0.5 if ideal_size > 0 else 0.0,
+        correlation,
+        norms,
+    )
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """A fit on the deltas and on B_k A_l of different adapters: what mixing A and B apart leaves behind."""
+
+    residual: float
+    strengths: dict[tuple[str, str], float]  # coefficient of s^(1/2) s^(1/2) B_k A_l
+
+
+def fit_cross(stats: Sequence[TensorStats], labels: Sequence[str]) -> CrossFit | None:
+    """Fit E on all B_k A_l with equal ranks; None when no tensor has two adapters of one rank."""
+    terms = [(k, m) for k in labels for m in labels]
+    index = {term: i for i, term in enumerate(terms)}
+    matrix, right = np.zeros((len(terms), len(terms))), np.zeros(len(terms))
+    square = size = 0.0
+    used = False
+    for tensor in stats:
+        place = {label: i for i, label in enumerate(tensor.labels)}
+        spans, deltas = tensor.spans, tensor.deltas
+        here = [
+            (k, m)
+            for k, m in terms
+            if k in place and m in place and deltas[place[k]].rank == deltas[place[m]].rank
+        ]
+        used = used or any(k != m for k, m in here)
+        scale = {(k, m): (deltas[place[k]].scale * deltas[place[m]].scale) ** 0.5 for k, m in here}
+        for term in here:
+            a, b = spans[place[term[0]]], spans[place[term[1]]]
+            right[index[term]] += scale[term] * np.trace(tensor.found[a, b])
+            for other in here:
+                c, d = spans[place[other[0]]], spans[place[other[1]]]
+                value = np.sum(tensor.left_gram[a, c] * tensor.right_gram[b, d])
+                matrix[index[term], index[other]] += scale[term] * scale[other] * value
+        own, asked = gram(tensor), tensor.asked
+        square += tensor.found_square
+        size += (
+            tensor.found_square
+            + 2 * float(asked @ against(tensor, tensor.found))
+            + float(asked @ own @ asked)
+        )
+    if not used or size <= 0:
+        return None
+    x = solve(matrix, right)
+    left = max(0.0, square - float(x @ right))
+    return CrossFit((left / size) ** 0.5, {t: float(x[index[t]]) for t in terms if t[0] != t[1]})
+
+
+def rank_weights(tensor: TensorStats) -> Float64Array:
+    """The weight of each rank-1 piece B[:, i] A[i, :] of one tensor, (R,): partial ranks show as zeros."""
+    scales = np.concatenate([np.full(delta.rank, delta.scale) for delta in tensor.deltas])
+    asked = np.concatenate([np.full(d.rank, w) for d, w in zip(tensor.deltas, tensor.asked, strict=True)])
+    matrix = tensor.left_gram * tensor.right_gram * np.outer(scales, scales)
+    return np.asarray(asked + solve(matrix, np.diagonal(tensor.found) * scales))
+
+
+def least_separation(cosines: Float64Array) -> float:
+    """Smallest eigenvalue of the correlation matrix of the deltas: 1 - |cosine| for two, 0 when collinear."""
+    return float(np.linalg.eigvalsh(cosines)[0]) if cosines.size else 1.0
+
+
+def most_alike(labels: Sequence[str], cosines: Float64Array) -> tuple[str, str, float]:
+    """The two adapters whose deltas point most nearly the same way, and their cosine."""
+    pairs = itertools.combinations(range(len(labels)), 2)
+    a, b = max(pairs, key=lambda pair: abs(cosines[pair]))
+    return labels[a], labels[b], float(cosines[a, b])
