@@ -1,0 +1,178 @@
+"""How much two adapters get in each other's way, from their low-rank factors alone: no base, no dense delta.
+
+With dW = s B A and <X, Y> = sum(X * Y):
+
+    <dW_1, dW_2>  = s_1 s_2 sum((B_1^T B_2) * (A_1 A_2^T))           an r x r product instead of out x in
+    cosine        = <dW_1, dW_2> / (||dW_1|| ||dW_2||)
+    overlap       = ||Q_1^T Q_2||_F^2 / min(r_1, r_2)                 Q: orthonormal basis of the columns of B
+                                                                      (column space) or of A^T (row space)
+    sign conflict = share of elements where both are non-zero and of opposite sign, on sampled rows
+
+The overlap is the mean squared cosine of the principal angles (Björck and Golub 1973): 1 when one space holds
+the other, about r / n for random spaces in n dimensions, which is given beside it. Random deltas have sign
+conflict 1/2 and cosine 0. Called by engine/merge/job.py for `medmerge interference`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import BadAdapterError, BadRecipeError
+from engine.jobs.events import EventWriter
+from engine.weights.adapter import Adapter, LoraFactor
+from engine.weights.tensorfile import read_rows
+
+Matrix = npt.NDArray[np.float64]
+SAMPLED_ROWS = 64  # of each module, evenly spaced, for the signs
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two deltas of one module. Inner products and squared norms are of the scaled deltas, weight 1."""
+
+    inner: float
+    squares: tuple[float, float]
+    column_overlap: float
+    row_overlap: float
+    column_chance: float
+    row_chance: float
+    conflicts: int
+    signs: int  # elements the conflicts were counted on
+
+    @property
+    def cosine(self) -> float:
+        size = math.sqrt(self.squares[0] * self.squares[1])
+        return max(-1.0, min(1.0, self.inner / size)) if size > 0 else 0.0
+
+    @property
+    def sign_conflict(self) -> float:
+        return self.conflicts / self.signs if self.signs else 0.0
+
+
+def compare(adapters: Mapping[str, Path], events: EventWriter) -> dict[str, Any]:
+    """Compare every pair of adapters, module by module.
+
+    Returns:
+        JSON: `modules`, one entry per shared module and pair ({name, pair, cosine, norm {label: number},
+        norm_ratio, subspace_overlap, column_overlap, row_overlap, overlap_by_chance, sign_conflict,
+        sign_elements}), `overall` (the same over all modules of the first pair), `pairs` (overall of each
+        pair), `only_in` ({label: modules no other adapter has}).
+
+    Raises:
+        BadRecipeError: fewer than two adapters.
+        BadAdapterError: an adapter that cannot be read, or two that fit different bases (names the module).
+    """
+    if len(adapters) < 2:
+        raise BadRecipeError(
+            "interference needs two adapters", "name them: --adapter pt=PATH --adapter sft=PATH"
+        )
+    opened = {label: Adapter.open(path) for label, path in adapters.items()}
+    rows: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    shared = {pair: _shared(opened, pair) for pair in itertools.combinations(opened, 2)}
+    total, done = sum(len(names) for names in shared.values()), 0
+    for pair, names in shared.items():
+        found: dict[str, Overlap] = {}
+        for name in names:
+            first, second = (opened[label].factors[name] for label in pair)
+            found[name] = overlap(first, second)
+            rows.append({"name": name, "pair": list(pair), **_numbers(pair, [found[name]])})
+            done += 1
+            events.progress(done, total, unit="modules", message=name, phase="compare")
+        pairs.append({"pair": list(pair), "modules": len(names), **_numbers(pair, list(found.values()))})
+    everywhere = [set(adapter.factors) for adapter in opened.values()]
+    only = {
+        label: sorted(set(adapter.factors) - set().union(*(s for j, s in enumerate(everywhere) if j != i)))
+        for i, (label, adapter) in enumerate(opened.items())
+    }
+    return {
+        "labels": list(opened),
+        "modules": rows,
+        "overall": {key: value for key, value in pairs[0].items() if key != "pair"},
+        "pairs": pairs,
+        "only_in": {label: names for label, names in only.items() if names},
+    }
+
+
+def _shared(opened: Mapping[str, Adapter], pair: tuple[str, str]) -> list[str]:
+    """Modules both adapters change, in the first one's order. Raises BadAdapterError when shapes differ."""
+    first, second = (opened[label] for label in pair)
+    names = [name for name in first.factors if name in second.factors]
+    for name in names:
+        one, two = first.factors[name].shape, second.factors[name].shape
+        if one != two:
+            raise BadAdapterError(
+                f"{name} is {list(one)} in {first.folder} and {list(two)} in {second.folder}",
+                "these adapters belong to different bases",
+            )
+    return names
+
+
+def overlap(first: LoraFactor, second: LoraFactor) -> Overlap:
+    """Compare two deltas of one module of shape (out, in); costs O((out + in) r^2) and SAMPLED_ROWS rows."""
+    a1, b1, a2, b2 = (read_rows(info).astype(np.float64) for info in (first.a, first.b, second.a, second.b))
+    inner = first.scale * second.scale * float(np.sum((b1.T @ b2) * (a1 @ a2.T)))
+    squares = (
+        first.scale**2 * float(np.sum((b1.T @ b1) * (a1 @ a1.T))),
+        second.scale**2 * float(np.sum((b2.T @ b2) * (a2 @ a2.T))),
+    )
+    columns, column_chance = space_overlap(b1, b2)
+    rows, row_chance = space_overlap(a1.T, a2.T)
+    picked = np.unique(np.linspace(0, b1.shape[0] - 1, SAMPLED_ROWS).astype(np.int64))
+    signs = np.sign(b1[picked] @ a1) * np.sign(b2[picked] @ a2)
+    return Overlap(
+        inner, squares, columns, rows, column_chance, row_chance,
+        int(np.count_nonzero(signs < 0)), int(np.count_nonzero(signs)),
+    )  # fmt: skip
+
+
+def space_overlap(first: Matrix, second: Matrix) -> tuple[float, float]:
+    """Mean squared cosine of the principal angles of two column spaces, and its mean for random spaces.
+
+    first (n, r1), second (n, r2). Zero columns and repeated ones do not count: the spaces are spanned by the
+    singular vectors with singular values above rounding. 0 when a matrix is zero.
+    """
+    one, two = _basis(first), _basis(second)
+    smaller = min(one.shape[1], two.shape[1])
+    if smaller == 0:
+        return 0.0, 0.0
+    found = float(np.sum((one.T @ two) ** 2)) / smaller
+    return min(1.0, found), max(one.shape[1], two.shape[1]) / first.shape[0]
+
+
+def _basis(matrix: Matrix) -> Matrix:
+    """Orthonormal basis of the column space of (n, r), by QR and an SVD of the small triangle."""
+    q, triangle = np.linalg.qr(matrix)
+    left, values, _ = np.linalg.svd(triangle)
+    rank = int(np.count_nonzero(values > values[0] * max(matrix.shape) * 1e-13)) if values.size else 0
+    return np.asarray(q @ left[:, :rank])
+
+
+def _numbers(pair: tuple[str, str], parts: list[Overlap]) -> dict[str, Any]:
+    """The numbers of one module, or of many together: cosines from summed products, overlaps averaged."""
+    inner = sum(part.inner for part in parts)
+    norms = [math.sqrt(max(0.0, sum(part.squares[i] for part in parts))) for i in (0, 1)]
+    signs = sum(part.signs for part in parts)
+    count = max(1, len(parts))
+    columns = sum(part.column_overlap for part in parts) / count
+    rows = sum(part.row_overlap for part in parts) / count
+    chance = sum(part.column_chance + part.row_chance for part in parts) / (2 * count)
+    return {
+        "cosine": max(-1.0, min(1.0, inner / (norms[0] * norms[1]))) if all(norms) else 0.0,
+        "norm": dict(zip(pair, norms, strict=True)),
+        "norm_ratio": norms[0] / norms[1] if norms[1] else None,
+        "subspace_overlap": (columns + rows) / 2,
+        "column_overlap": columns,
+        "row_overlap": rows,
+        "overlap_by_chance": chance,
+        "sign_conflict": sum(part.conflicts for part in parts) / signs if signs else 0.0,
+        "sign_elements": signs,
+    }

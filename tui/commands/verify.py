@@ -1,0 +1,175 @@
+"""`medmerge verify`: is a merge what was asked, and which weights are really in it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from engine.errors import BadInputError, BadRecipeError
+from engine.jobs import JobSpec
+from tui.commands.common import Commands, command_line, existing_path, labelled, run_job, table, workspace_of
+from tui.safe_text import plain
+
+MODULES_SHOWN = 8
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add(
+        "verify",
+        "is a merge what was asked, and which weights are really in it",
+        description="Reads a merged folder back and compares every element with what the weights ask for. "
+        "Exit code 0: every element is right; 1: it is not what was asked, and the findings say how; "
+        "4: it could not tell. Without weights it answers what is in there.",
+        examples=(
+            "  medmerge verify merges/m --base B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7\n"
+            "  medmerge verify merges/m --base B --adapter pt=adapters/pt --adapter sft=adapters/sft\n"
+            "  medmerge verify merges/m --manifest"
+        ),
+        job=True,
+    )
+    parser.add_argument("merged", metavar="DIR", help="the merged model folder, made by any tool")
+    parser.add_argument("--base", metavar="DIR", help="the base model folder")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="LABEL=DIR[:WEIGHT]",
+        help="an adapter and the weight asked of it; give all weights, or none to ask what is in there",
+    )
+    parser.add_argument(
+        "--manifest", action="store_true", help="only hash every file again and compare with medmerge.json"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    workspace = workspace_of(args)
+    merged = existing_path(args.merged, workspace, "merge")
+    if merged.is_file():
+        raise BadInputError(
+            f"{merged} is a file: GGUF files are not verified in this version",
+            "verify the checkpoint folder it was made from",
+        )
+    params: dict[str, Any] = {"merged": str(merged), "manifest": bool(args.manifest)}
+    if not args.manifest:
+        params |= _question(args)
+    title = f"{'hashes of' if args.manifest else 'verify'} {merged.name}"
+    spec = JobSpec("verify", "engine.merge.job:run_verify", params, title, command_line(args.argv))
+    return run_job(args, spec, render_manifest if args.manifest else render)
+
+
+def _question(args: argparse.Namespace) -> dict[str, Any]:
+    """base, adapters and weights (None when none was given)."""
+    if not args.base or not args.adapter:
+        raise BadRecipeError(
+            "verify needs --base and at least one --adapter",
+            "for example: --base bases/B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7",
+        )
+    workspace = workspace_of(args)
+    adapters: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    for text in args.adapter:
+        label, path, weight = labelled(text)
+        if label in adapters:
+            raise BadRecipeError(f"two adapters are labelled {label}", "give each its own label")
+        adapters[label] = str(existing_path(path, workspace, "adapter"))
+        if weight is not None:
+            weights[label] = weight
+    if weights and len(weights) != len(adapters):
+        missing = ", ".join(label for label in adapters if label not in weights)
+        raise BadRecipeError(
+            f"{missing} has no weight and others have", "give every adapter a weight, or none of them"
+        )
+    base = str(existing_path(args.base, workspace, "base"))
+    return {"base": base, "adapters": adapters, "weights": weights or None}
+
+
+def render(result: dict[str, Any]) -> str:
+    """A verdict for people: the sentence, the three marks per adapter, what does not fit."""
+    mark = "✓" if result["ok"] else "?" if result["exit_code"] == 4 else "✗"
+    lines = [f"{mark} {plain(str(result['message']))}", ""]
+    lines += [_weights_table(result), ""]
+    lines.append(
+        f"residual {_number(result['residual'])}, where rounding leaves {_number(result['rounding_floor'])}"
+        f" · {result['elements_differing']:,} of {result['elements_checked']:,} elements differ"
+        f" · {result['unchanged_share']:.1%} are still the base's ({plain(str(result['dtype']))})"
+    )
+    if not result["ok"]:
+        lines += ["", "findings"]
+        for finding in result["findings"]:
+            detail = f" {_short(plain(finding['detail']))}" if finding["detail"] else ""
+            lines.append(f"  {finding['code']}{detail}")
+            if finding["message"] != result["message"]:
+                lines.append(f"      {plain(finding['message'])}")
+        lines += _worst(result["per_module"])
+    lines += [f"note: {plain(warning)}" for warning in result["warnings"]]
+    lines += _loss(result)
+    return "\n".join(lines)
+
+
+def _weights_table(result: dict[str, Any]) -> str:
+    expected, found = result["expected_weights"] or {}, result["effective_weights"] or {}
+    asked, guessed = result["asked"] or {}, result.get("guessed_weights") or {}
+    rows = []
+    for label in found:
+        first = asked.get(label, guessed.get(label))
+        rows.append(
+            [label, "" if first is None else f"{first:g}", f"{expected[label]:.4f}", f"{found[label]:.4f}"]
+        )
+    return table(["adapter", "asked" if asked else "likely", "expected", "found"], rows)
+
+
+def _worst(modules: list[dict[str, Any]]) -> list[str]:
+    """The modules with the largest share of wrong elements."""
+    bad = sorted((m for m in modules if m["differing"]), key=lambda m: -m["differing"] / m["elements"])
+    if not bad:
+        return []
+    rows = [
+        [
+            module["name"],
+            f"{module['differing'] / module['elements']:.2%}",
+            " / ".join(f"{w:.3f}" for w in module["found"].values()),
+            f"{module['residual']:.3f}",
+        ]
+        for module in bad[:MODULES_SHOWN]
+    ]
+    more = [f"  and {len(bad) - MODULES_SHOWN} more modules"] if len(bad) > MODULES_SHOWN else []
+    text = table(["module", "differ", "found", "residual"], rows)
+    return ["", *(f"  {line}" for line in text.splitlines()), *more]
+
+
+def _loss(result: dict[str, Any]) -> list[str]:
+    """A word on rounding loss where it is more than 2% of a weight."""
+    asked, loss = result["asked"] or {}, result["rounding_loss"] or {}
+    lost = [label for label in asked if asked[label] and abs(loss.get(label, 0) / asked[label]) > 0.02]
+    if not lost or not result["ok"]:
+        return []
+    words = ", ".join(f"{label} {loss[label] / asked[label]:.0%}" for label in lost)
+    return [
+        f"note: {result['dtype']} is too coarse for part of these deltas and loses {words}; "
+        "float16 or float32 keep more"
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def render_manifest(result: dict[str, Any]) -> str:
+    """What hashing every file again found."""
+    lines = [
+        f"{'✓' if result['ok'] else '?' if result['exit_code'] == 4 else '✗'} {plain(str(result['message']))}"
+    ]
+    for key, words in (
+        ("changed", "changed"),
+        ("missing", "missing"),
+        ("extra", "not in the manifest"),
+        ("inputs_missing", "input no longer there"),
+    ):
+        lines += [f"  {words}: {plain(str(Path(name)))}" for name in result.get(key, [])]
+    return "\n".join(lines)
