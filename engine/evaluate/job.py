@@ -1,0 +1,177 @@
+"""The evaluation job: every cell of a config measured on one loaded model, rows kept as they come.
+
+Target `engine.evaluate.job:run` with params {"config": resolved config, "out": run folder, "mode": "eval" |
+"sweep", "resume": bool}. Stopping it at any point loses at most the batch it is in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import BadRecipeError
+from engine.evaluate.cells import Cell, Identity, plan_cells
+from engine.evaluate.config import EvalConfig, parse_config
+from engine.evaluate.data import Sample, read_samples
+from engine.evaluate.store import RunStore
+from engine.jobs.events import EventWriter
+from engine.weights import Adapter, Checkpoint
+
+
+def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
+    """Measure everything the config asks for; returns the table.
+
+    Result: {"run": folder, "rows": metric rows, "cells": how many, "reused": taken from other runs,
+    "seconds": wall time, "exit_code": 0}.
+    """
+    started = time.monotonic()
+    mode = str(params.get("mode", "sweep"))
+    config = parse_config(params["config"], "config", mode=mode)
+    store = RunStore(Path(params["out"]))
+    samples = {task.name: read_samples(task.data, task.kind, task.limit) for task in config.tasks}
+    base = Checkpoint.open(config.base)
+    adapters = {label: Adapter.open(path) for label, path in config.adapters.items()}
+    for adapter in adapters.values():
+        adapter.match(base)
+    warn_about_templates(config, adapters, events)
+    cells = plan_cells(config, _identify(config, base, adapters, events))
+    with store.writing(config.to_dict(), bool(params.get("resume", False))):
+        store.write_cells(mode, cells)
+        reused = _reuse(store, cells, events)
+        _measure(_Session(config, base, adapters, store, samples, cells, events))
+        store.write_cells(mode, cells)
+        from engine.evaluate.tables import compute
+
+        rows = [row.to_dict() for row in compute(store.folder, write=True)]
+        for row in rows:
+            events.row(**row)
+    return {
+        "run": str(store.folder),
+        "rows": rows,
+        "cells": len(cells),
+        "reused": reused,
+        "seconds": round(time.monotonic() - started, 1),
+        "exit_code": 0,
+    }
+
+
+def warn_about_templates(config: EvalConfig, adapters: Mapping[str, Adapter], events: EventWriter) -> None:
+    """Say when an adapter was trained with another chat template than one used here, or with an unknown one."""
+    if not any(task.kind in ("generation", "probes") for task in config.tasks):
+        return
+    for label, adapter in adapters.items():
+        if adapter.kind == "pt" and not adapter.template:
+            continue  # pre-training uses no template
+        if not adapter.template:
+            events.warning(
+                f"adapter {label}: template unknown (no training.json); evaluated with {config.templates}"
+            )
+        for template in config.templates:
+            if adapter.template and template != adapter.template:
+                events.warning(
+                    f"adapter {label} was trained with template {adapter.template}, not {template}"
+                )
+    if len(config.templates) > 1:
+        events.warning("numbers from different templates are different prompts: compare within one template")
+
+
+def _identify(
+    config: EvalConfig, base: Checkpoint, adapters: Mapping[str, Adapter], events: EventWriter
+) -> Identity:
+    from engine.evaluate.live import pick_compute, pick_device
+
+    device = pick_device(config.device)
+    compute = pick_compute(config.compute, config.dtype, device)
+    if compute != config.dtype:
+        events.log(f"weights are rounded to {config.dtype} and multiplied in {compute}")
+    events.log(f"hashing {base.name} ({base.nbytes / 1e9:.2f} GB)")
+    return Identity.of(base, adapters, config.dtype, compute, device.type)
+
+
+def _reuse(store: RunStore, cells: Sequence[Cell], events: EventWriter) -> int:
+    """Take done cells with equal hashes from the runs beside this one."""
+    reused = 0
+    for cell in cells:
+        if not store.is_done(cell.hash):
+            source = store.take_from_siblings(cell)
+            if source:
+                reused += 1
+                events.log(f"{cell.title}: rows taken from run {source.name} (same hash {cell.hash})")
+    return reused
+
+
+class _Session:
+    """What one job holds while it measures. The model is loaded when the first cell needs it."""
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        base: Checkpoint,
+        adapters: Mapping[str, Adapter],
+        store: RunStore,
+        samples: Mapping[str, Sequence[Sample]],
+        cells: Sequence[Cell],
+        events: EventWriter,
+    ) -> None:
+        self.config, self.base, self.adapters = config, base, adapters
+        self.store, self.samples, self.cells, self.events = store, samples, cells, events
+        self.total = sum(len(samples[cell.task.name]) for cell in cells)
+        self.done = 0
+        self._live: Any = None
+
+    def live(self, weights: Mapping[str, float]) -> Any:
+        """The model with this mixture in it."""
+        from engine.evaluate.live import LiveModel
+
+        if self._live is None:
+            self.events.log(f"loading {self.base.name}")
+            started = time.monotonic()
+            self._live = LiveModel(
+                self.base, self.adapters, self.config.dtype, self.config.compute, self.config.device
+            )
+            self.events.log(f"loaded in {time.monotonic() - started:.1f} s on {self._live.device}")
+        if self._live.weights != dict(weights):
+            self._live.set_weights(weights)
+        return self._live
+
+    def advance(self, count: int, cell: Cell) -> None:
+        self.done += count
+        self.events.progress(self.done, self.total, unit="samples", message=cell.title, phase="evaluate")
+
+
+def _measure(session: _Session) -> None:
+    from engine.evaluate.tables import group_key, series_of, to_rows
+
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in session.cells:
+        samples = session.samples[cell.task.name]
+        if session.store.is_done(cell.hash):
+            session.advance(len(samples), cell)
+        else:
+            _run_cell(session, cell, samples)
+        group = groups.setdefault(group_key(cell.spec), [])
+        group.append(cell)
+        frames = [session.store.frame(member.hash) for member in group]
+        for row in to_rows(session.store.folder.name, [(cell.spec, series_of(cell.spec, frames))]):
+            session.events.row(**row.to_dict())
+
+
+def _run_cell(session: _Session, cell: Cell, samples: Sequence[Sample]) -> None:
+    """Measure the batches of a cell that are not wholly done, then seal it."""
+    from engine.evaluate.execute import CellWork, sha256
+
+    work = CellWork(session.live(cell.weights), cell, samples)
+    kept = {row["id"] for row in session.store.kept_rows(cell)}
+    for batch in work.batches:
+        if not all(samples[i].id in kept for i in batch):
+            rows = [row for row in work.run(batch) if row["id"] not in kept]
+            session.store.append(cell, rows, {sha256(work.prompts[i]): work.prompts[i] for i in batch})
+        session.advance(len(batch), cell)
+    if {row["id"] for row in session.store.kept_rows(cell)} != {sample.id for sample in samples}:
+        raise BadRecipeError(
+            f"{session.store.folder}: the rows kept of cell {cell.hash} are of other samples",
+            "delete that cell",
+        )
+    session.store.seal(cell, [sample.id for sample in samples])

@@ -1,0 +1,120 @@
+"""A whole sweep on a tiny model: rows, resume, reuse, and tables that come from the rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import BadInputError, CancelledError, TargetExistsError
+from engine.evaluate import job, parse_config
+from engine.evaluate.store import RunStore
+from engine.evaluate.summary import load_table, sweep_curve
+from engine.jobs.events import EventWriter
+
+
+def params(config: dict[str, Any], out: Path, resume: bool = False) -> dict[str, Any]:
+    return {"config": parse_config(config).to_dict(), "out": str(out), "mode": "sweep", "resume": resume}
+
+
+def rows_on_disk(run: Path) -> dict[str, list[dict[str, Any]]]:
+    store = RunStore(run)
+    return {c["hash"]: store.frame(c["hash"]).to_dicts() for c in store.cells()["cells"]}
+
+
+def test_sweep_rows_table_and_events(sweep_config, tmp_path):
+    events = EventWriter()
+    result = job.run(params(sweep_config, tmp_path / "runs" / "a"), events)
+    run = Path(result["run"])
+    assert result["exit_code"] == 0 and result["cells"] == 15 and result["reused"] == 0
+    rows = load_table(run)
+    assert [row.to_dict() for row in rows] == result["rows"]
+    found = {(row.model, row.task, row.metric): row for row in rows}
+    assert {row.model for row in rows} == {"SFT", "PT30 SFT70", "PT"}
+    accuracy = found["PT", "mc", "accuracy"]
+    assert accuracy.n == 8 and accuracy.floor == 25 and accuracy.majority == pytest.approx(100 * 3 / 8)
+    assert accuracy.versus == "SFT" and 0 <= accuracy.p <= 1
+    assert found["SFT", "mc", "accuracy"].p is None
+    assert found["PT", "safety/acts", "refusal_rate"].n == 2
+    # three different models give three different perplexities
+    assert len({row.value for row in rows if row.metric == "perplexity"}) == 3
+    assert [point.x for point in sweep_curve(rows, "pt", "perplexity", "text")] == [0, 0.3, 1]
+    # every row has its prompt, and is what the parquet says
+    prompts = RunStore(run).prompts()
+    for cell_rows in rows_on_disk(run).values():
+        assert all(row["prompt_sha256"] in prompts for row in cell_rows)
+    progress = [event.data for event in events.kept if event.type == "progress"]
+    assert progress[-1]["done"] == progress[-1]["total"] == 3 * (8 + 8 + 8 + 4 + 8)
+    live = [event.data for event in events.kept if event.type == "row"]
+    assert {"model", "weights", "template", "decoding", "task", "metric", "value", "low", "high", "n", "floor"} <= set(live[0])
+    # the mean of the parquet is the value in the table: a number can be traced to rows
+    cells = RunStore(run).cells()["cells"]
+    mc = next(c for c in cells if c["spec"]["kind"] == "multiple_choice" and c["spec"]["weights"] == {"pt": 1.0, "sft": 0.0})
+    right = [row["chosen"] == row["answer"] for row in RunStore(run).frame(mc["hash"]).to_dicts()]
+    assert accuracy.value == pytest.approx(100 * sum(right) / len(right))
+
+
+class Stop(EventWriter):
+    """Cancels the job at the n-th progress event, as SIGTERM would."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def progress(self, *args: Any, **kwargs: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise CancelledError("cancelled")
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_interrupted_equals_uninterrupted(after, sweep_config, tmp_path):
+    sweep_config["decoding"] = [{"name": "warm", "temperature": 1.0, "max_new_tokens": 6}]
+    sweep_config["weights"] = [{"pt": 0.3, "sft": 0.7}]
+    whole, broken = tmp_path / "one" / "whole", tmp_path / "two" / "broken"
+    job.run(params(sweep_config, whole), EventWriter())
+    with pytest.raises(CancelledError):
+        job.run(params(sweep_config, broken), Stop(after))
+    torn = next((broken / "cells").glob("*.jsonl"))
+    with torn.open("a") as file:
+        file.write('{"id": "q1", "raw": "tor')  # a process killed while it wrote
+    with pytest.raises(TargetExistsError):
+        job.run(params(sweep_config, broken), EventWriter())
+    job.run(params(sweep_config, broken, resume=True), EventWriter())
+    assert rows_on_disk(broken) == rows_on_disk(whole)
+    assert not list((broken / "cells").glob("*.jsonl"))
+
+
+def test_equal_cells_are_reused_and_changed_ones_are_not(sweep_config, tmp_path):
+    first = job.run(params(sweep_config, tmp_path / "runs" / "a"), EventWriter())
+    again = job.run(params(sweep_config, tmp_path / "runs" / "b"), EventWriter())
+    assert again["reused"] == first["cells"]
+    assert [{**row, "run": ""} for row in again["rows"]] == [{**row, "run": ""} for row in first["rows"]]
+    sweep_config["decoding"] = [{"name": "greedy", "max_new_tokens": 5}]
+    changed = job.run(params(sweep_config, tmp_path / "runs" / "c"), EventWriter())
+    assert changed["reused"] == 9  # references, multiple choice and perplexity know no decoding
+    assert RunStore(tmp_path / "runs" / "c").prompts().keys() == RunStore(tmp_path / "runs" / "a").prompts().keys()
+
+
+def test_resume_wants_the_same_config(sweep_config, tmp_path):
+    sweep_config["weights"] = [{"sft": 1}]
+    out = tmp_path / "runs" / "a"
+    job.run(params(sweep_config, out), EventWriter())
+    sweep_config["batch_size"] = 2
+    with pytest.raises(BadInputError, match="config.yaml differs"):
+        job.run(params(sweep_config, out, resume=True), EventWriter())
+
+
+def test_table_is_recomputed_when_it_is_not_of_these_rows(sweep_config, tmp_path):
+    sweep_config["weights"] = [{"sft": 1}]
+    run = Path(job.run(params(sweep_config, tmp_path / "a"), EventWriter())["run"])
+    good = load_table(run)
+    kept = json.loads((run / "table.json").read_text())
+    kept["rows"][0]["value"] = 99.0
+    kept["cells"] = kept["cells"][1:]
+    (run / "table.json").write_text(json.dumps(kept))
+    assert load_table(run) == good
+    (run / "table.json").write_text("{")
+    assert load_table(run) == good

@@ -1,0 +1,232 @@
+"""`medmerge report RUN...`: every table computed anew from the rows of one or more runs."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import BadInputError
+from engine.evaluate.summary import MetricRow
+from engine.workspace import Workspace
+from tui.commands.common import Commands, print_json, table, workspace_of
+
+FORMATS = ("table", "csv", "markdown", "latex", "json")
+FIELDS = tuple(MetricRow.__dataclass_fields__)
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add(
+        "report",
+        "tables of one or more runs, with intervals and paired tests",
+        description="Recomputes every number from the rows on disk: 95% intervals, floors, paired tests against "
+        "the SFT-only mixture (else the first one).",
+        examples="  medmerge report demo-sweep\n  medmerge report a b --format csv > both.csv",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's name below WORKSPACE/runs, or its folder"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from engine.evaluate.tables import compute
+
+    workspace = workspace_of(args)
+    rows = [row for name in args.runs for row in compute(find_run(name, workspace))]
+    if args.json or args.format == "json":
+        print_json({"rows": [row.to_dict() for row in rows]})
+        return 0
+    print({"table": human_table, "csv": csv_text, "markdown": markdown, "latex": latex}[args.format](rows))
+    return 0
+
+
+def find_run(name: str, workspace: Workspace) -> Path:
+    """A run by folder or by name. Raises BadInputError naming the runs there are."""
+    for folder in (workspace.runs / name, Path(name).expanduser()):
+        if (folder / "cells.json").is_file():
+            return folder.absolute()
+    there = sorted(path.parent.name for path in workspace.runs.glob("*/cells.json"))
+    raise BadInputError(
+        f"no run {name} in {workspace.runs}",
+        f"there are: {', '.join(there)}" if there else "there are none yet",
+    )
+
+
+# Columns of the human table: metric names in the order they are shown, for each kind of task.
+SHOWN = (
+    "accuracy", "accuracy_norm", "bleu", "rougeL", "lf_char_bleu", "reference_perplexity", "perplexity", "refusal_rate",
+    "safe_completion_rate", "think_rate",
+)  # fmt: skip
+
+
+def human_table(rows: Sequence[MetricRow]) -> str:
+    """One table per task: a line per model and setting, a column per metric with [low high]; then the notes."""
+    if not rows:
+        return "nothing measured yet"
+    parts = []
+    for task in dict.fromkeys(row.task for row in rows):
+        parts.append(_task_table(task, [row for row in rows if row.task == task and row.metric in SHOWN]))
+    return "\n\n".join([part for part in parts if part] + [notes(rows)])
+
+
+def _task_table(task: str, rows: Sequence[MetricRow]) -> str:
+    metrics = [name for name in SHOWN if any(row.metric == name for row in rows)]
+    if not metrics:
+        return ""
+    runs = len({row.run for row in rows}) > 1
+    lines: dict[tuple[str, ...], dict[str, MetricRow]] = {}
+    bare: dict[tuple[str, str], dict[str, MetricRow]] = {}
+    for row in rows:
+        if row.decoding:
+            lines.setdefault((row.run, row.model, row.template, row.decoding), {})[row.metric] = row
+        else:  # likelihoods know no decoding: they stand on every line of their model and template
+            bare.setdefault((row.run, row.model), {})[row.metric] = row
+            if row.template:
+                bare.setdefault((row.run, row.model, row.template), {})[row.metric] = row  # type: ignore[index]
+    if not lines:
+        lines = {(run, model, "", ""): found for (run, model), found in bare.items()}
+    else:
+        for key, found in lines.items():
+            for name, row in bare.get((key[0], key[1], key[2]), {}).items():  # type: ignore[call-overload]
+                found.setdefault(name, row)
+    counts = {row.n for row in rows}
+    n = f"n = {min(counts)}" if len(counts) == 1 else f"n = {min(counts)} to {max(counts)}"
+    settings = [i for i in (2, 3) if any(key[i] for key in lines)]
+    head = ["run"] * runs + ["model"] + [("template", "decoding")[i - 2] for i in settings]
+    head += [heading(name, rows) for name in metrics]
+    body = []
+    for key, found in lines.items():
+        names = [key[0]] * runs + [key[1]] + [key[i] for i in settings]
+        body.append(names + [cell(found[name]) if name in found else "" for name in metrics])
+    return f"{task} ({n})\n{table(head, body)}"
+
+
+def heading(metric: str, rows: Sequence[MetricRow]) -> str:
+    """The metric's short name, with chance and majority class where those are the same for all lines."""
+    row = next(row for row in rows if row.metric == metric)
+    if row.majority is not None and row.floor is not None:
+        return f"{row.info.label} (chance {row.floor:.1f}, maj {row.majority:.1f})"
+    return f"{row.info.label} (floor)" if row.floor is not None else row.info.label
+
+
+def cell(row: MetricRow) -> str:
+    """`66.4 [63.7 69.0] ≈`; BLEU-like with `(floor)`, `!` at or under it."""
+    if row.value is None:
+        return "n/a"
+    digits = 2 if "perplexity" in row.metric else 1
+    text = f"{row.value:.{digits}f}"
+    if row.low is not None and row.high is not None:
+        text += f" [{row.low:.{digits}f} {row.high:.{digits}f}]"
+    if row.floor is not None and row.majority is None:
+        text += f" ({row.floor:.{digits}f})"
+    if row.at_chance:
+        text += " at chance"
+    elif row.at_floor:
+        text += " !"
+    return text + (" ≈" if row.indistinguishable else "")
+
+
+def notes(rows: Sequence[MetricRow]) -> str:
+    """What the marks mean, the tests behind them, and what one must not compare."""
+    lines = ["[low high] 95% interval: Clopper-Pearson for shares, bootstrap over prompts for the rest."]
+    if any(row.indistinguishable for row in rows):
+        versus = " / ".join(sorted({row.versus for row in rows if row.versus}))
+        lines.append(
+            f"≈  not distinguishable from {versus} by the paired test (McNemar or paired bootstrap, p >= .05)."
+        )
+    if any(row.floor is not None and row.majority is None for row in rows):
+        lines.append("(floor)  the same answers against shuffled references; !  at or under it.")
+    for row in rows:
+        if row.metric == "accuracy" and row.p is not None and row.p >= 0.05:
+            would = f"; {row.least:.1f} points would be" if row.least is not None else ""
+            lines.append(
+                f"   {row.task}: {row.model} and {row.versus}: p = {row.p:.2f}{would} significant at n = {row.n}"
+            )
+    templates = sorted({row.template for row in rows if row.template})
+    if len(templates) > 1:
+        lines.append(f"Prompts differ between templates ({', '.join(templates)}): compare within one.")
+    details = dict.fromkeys(f"{row.info.label}: {row.detail}" for row in rows if row.metric in SHOWN[2:5])
+    return "\n".join([*lines, *details])
+
+
+def csv_text(rows: Sequence[MetricRow]) -> str:
+    """All fields of all rows; weights as LABEL=VALUE pairs."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for row in rows:
+        values = row.to_dict()
+        values["weights"] = " ".join(f"{k}={v:g}" for k, v in row.weights.items())
+        writer.writerow(["" if values[name] is None else values[name] for name in FIELDS])
+    return out.getvalue().rstrip("\n")
+
+
+def markdown(rows: Sequence[MetricRow]) -> str:
+    """One pipe table: a line per model and setting, a column per task and metric."""
+    head, body = _wide(rows)
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, body)])
+
+
+def latex(rows: Sequence[MetricRow]) -> str:
+    """A tabular environment with the same columns."""
+    head, body = _wide(rows)
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(_tex(text) for text in cells) + r" \\"
+
+    columns = "l" * len(head)
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\hline",
+            line(head),
+            r"\hline",
+            *map(line, body),
+            r"\hline",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def _tex(text: str) -> str:
+    for char in "\\&%$#_{}~^":
+        text = text.replace(
+            char,
+            {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}.get(
+                char, "\\" + char
+            ),
+        )
+    return text.replace("≈", r"$\approx$")
+
+
+def _wide(rows: Sequence[MetricRow]) -> tuple[list[str], list[list[str]]]:
+    shown = [row for row in rows if row.metric in SHOWN]
+    columns = list(dict.fromkeys((row.task, row.metric) for row in shown))
+    settings = [
+        key
+        for key in dict.fromkeys((row.run, row.model, row.template, row.decoding) for row in shown)
+        if key[3]
+    ]
+    settings = settings or list(dict.fromkeys((row.run, row.model, "", "") for row in shown))
+    head = ["run", "model", "template", "decoding"] + [
+        f"{task} {heading(metric, [row for row in shown if row.task == task])}" for task, metric in columns
+    ]
+    body = []
+    for run_name, model, template, decoding in settings:
+        found = {
+            (row.task, row.metric): cell(row)
+            for row in shown
+            if (row.run, row.model) == (run_name, model)
+            and row.template in ("", template)
+            and row.decoding in ("", decoding)
+        }
+        body.append([run_name, model, template, decoding] + [found.get(column, "") for column in columns])
+    return head, body
