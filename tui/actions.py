@@ -1,0 +1,218 @@
+"""What the app can start, as data: the job's target and parameters, and the command line that does the same.
+
+Pure functions over names and paths; the backend turns an Action into a job. Paths in params are absolute,
+paths in commands are relative to the workspace where they lie below it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tui.snapshots import DataFile
+from tui.text import weight
+
+
+@dataclass(frozen=True)
+class Action:
+    """One job the app can start. `command` is what a person would type instead."""
+
+    kind: str
+    target: str
+    params: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A merge as set on screen: two adapters (or one) with their weights, and how to write it."""
+
+    base: str
+    adapters: dict[str, str]  # label -> path
+    weights: dict[str, float]  # label -> weight
+    out: str
+    method: str = "linear"
+    dtype: str = "bfloat16"
+
+    @property
+    def words(self) -> str:
+        return " + ".join(f"{weight(self.weights[label])} {label.upper()}" for label in self.adapters)
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe document (engine.merge.recipe) with absolute paths."""
+        return {
+            "base": self.base,
+            "method": self.method,
+            "adapters": {
+                label: {"path": path, "weight": self.weights[label]} for label, path in self.adapters.items()
+            },
+            "output": {"path": self.out, "dtype": self.dtype},
+        }
+
+
+def command(root: Path, *words: str | Path) -> str:
+    """`medmerge WORDS... --workspace ROOT`, quoted for a shell."""
+    return shlex.join(["medmerge", *map(str, words), "--workspace", str(root)])
+
+
+def _adapter_words(mixture: Mixture, weights: bool = True) -> list[str]:
+    words = []
+    for label, path in mixture.adapters.items():
+        words += ["--adapter", f"{label}={path}" + (f":{mixture.weights[label]:g}" if weights else "")]
+    return words
+
+
+def merge(root: Path, mixture: Mixture) -> Action:
+    """Merge and verify."""
+    line = command(
+        root, "merge", "--base", mixture.base, *_adapter_words(mixture), "--method", mixture.method,
+        "--dtype", mixture.dtype, "--out", mixture.out,
+    )  # fmt: skip
+    title = f"merge {Path(mixture.out).name}: {mixture.words}"
+    return Action(
+        "merge", "engine.merge.job:run_merge", {"recipe": mixture.recipe(), "verify": True}, title, line
+    )
+
+
+def verify(root: Path, merged: str, mixture: Mixture) -> Action:
+    """Check a finished merge against what was asked of it."""
+    params = {
+        "merged": merged,
+        "base": mixture.base,
+        "adapters": dict(mixture.adapters),
+        "weights": dict(mixture.weights),
+    }
+    line = command(root, "verify", merged, "--base", mixture.base, *_adapter_words(mixture))
+    return Action("verify", "engine.merge.job:run_verify", params, f"verify {Path(merged).name}", line)
+
+
+def interference(root: Path, mixture: Mixture) -> Action:
+    """How the adapters overlap, module by module."""
+    params = {"adapters": dict(mixture.adapters), "base": mixture.base}
+    line = command(root, "interference", "--base", mixture.base, *_adapter_words(mixture, weights=False))
+    names = " and ".join(Path(path).name for path in mixture.adapters.values())
+    return Action("interference", "engine.merge.job:run_interference", params, f"overlap of {names}", line)
+
+
+def gguf(root: Path, source: str, out: str, type_: str) -> Action:
+    """A checkpoint to a GGUF file of a llama.cpp type."""
+    params = {"source": source, "out": out, "type": type_}
+    line = command(root, "gguf", source, "--type", type_, "--out", out)
+    return Action("gguf", "engine.gguf.job:run", params, f"gguf {Path(out).name}", line)
+
+
+def demo(root: Path) -> Action:
+    return Action(
+        "demo",
+        "training.demo.job:run",
+        {"workspace": str(root)},
+        "make the demo workspace",
+        command(root, "demo"),
+    )
+
+
+def inspect(root: Path, path: str) -> Action:
+    """Nothing to start: only the command that shows an adapter."""
+    return Action("adapters", "", command=command(root, "adapters", path))
+
+
+def train(root: Path, config: dict[str, Any]) -> Action:
+    """Train an adapter with these settings (training.config); the command names the file `write_config` makes."""
+    name = Path(config["output"]).name
+    params = {"config": config, "run": str(root / "runs" / name)}
+    line = command(root, "train", config["kind"], config_path(root, config))
+    return Action("train", "training.job:run", params, f"train {config['kind']} → {name}", line)
+
+
+def config_path(root: Path, config: dict[str, Any]) -> Path:
+    """Where the settings of a run are written for its command line."""
+    return root / "runs" / f"{Path(config['output']).name}.yaml"
+
+
+def write_config(root: Path, config: dict[str, Any]) -> None:
+    """Write a run's settings as the YAML file its command line names."""
+    import yaml
+
+    path = config_path(root, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def resume(root: Path, params: dict[str, Any]) -> Action:
+    """Go on with a training run from its last checkpoint."""
+    run = params["run"]
+    line = command(root, "train", "--resume", run)
+    config = params.get("config") or {}
+    resumed = {"run": run, "resume": True, "config": config}
+    return Action("train", "training.job:run", resumed, f"resume {Path(run).name}", line)
+
+
+def live(root: Path, base: str, adapters: dict[str, str], type_: str) -> Action:
+    """Make the base's GGUF and the adapters' LoRA GGUFs, so that weights can change while they talk."""
+    params = {"base": base, "adapters": dict(adapters), "type": type_, "out": str(root / "gguf")}
+    words: list[str] = []
+    for label, path in adapters.items():
+        words += ["--adapter", f"{label}={path}"]
+    line = command(root, "gguf", "--base", base, *words, "--type", type_)
+    names = ", ".join(Path(path).name for path in adapters.values())
+    return Action("live", "engine.gguf.job:run_live", params, f"prepare {Path(base).name} with {names}", line)
+
+
+def chat(root: Path, model: str, adapters: dict[str, str], weights: dict[str, float]) -> Action:
+    """Nothing to start: the command that talks to the same model line by line."""
+    words: list[str] = []
+    for label, path in adapters.items():
+        words += ["--adapter", f"{label}={path}:{weights.get(label, 0.0):g}"]
+    return Action("chat", "", command=command(root, "chat", model, *words))
+
+
+SWEEP_STEPS = ((0.0, 1.0), (0.15, 0.85), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (1.0, 0.0))
+SWEEP_FILE = "demo-sweep.yaml"
+
+
+def sweep(root: Path, base: str, adapters: dict[str, str], data: tuple[DataFile, ...]) -> Action:
+    """A sweep from SFT alone to PT alone over the evaluation sets in data/.
+
+    The workspace's own `data/demo-sweep.yaml` is run as it is where it exists.
+    """
+    tasks = []
+    for file in data:
+        kind = TASK_KINDS.get(Path(file.name).stem)
+        if kind:
+            tasks.append({"name": Path(file.name).stem, "kind": kind, "data": file.path, "limit": 48})
+    config = {
+        "base": base,
+        "adapters": dict(adapters),
+        "weights": [{"pt": pt, "sft": sft} for pt, sft in SWEEP_STEPS],
+        "templates": ["model"],
+        "decoding": [{"name": "greedy", "temperature": 0, "max_new_tokens": 64}],
+        "seeds": [42],
+        "tasks": tasks,
+    }
+    names = "-".join(Path(path).name for path in adapters.values())
+    run = root / "runs" / f"sweep-{names}"
+    line = command(root, "sweep", root / "data" / "app-sweep.yaml", "--out", run)
+    params = {"config": config, "run": str(run), "mode": "sweep"}
+    return Action("sweep", "engine.evaluate.job:run", params, f"sweep {names}", line)
+
+
+TASK_KINDS = {
+    "medquad_short": "generation",
+    "medquad_match": "multiple_choice",
+    "medqa": "multiple_choice",
+    "pubmedqa": "multiple_choice",
+    "medical_text": "perplexity",
+    "safety": "probes",
+}  # the demo's evaluation sets, by file name
+
+
+def write_sweep(root: Path, config: dict[str, Any]) -> None:
+    """Write a sweep's config as the YAML file its command line names."""
+    import yaml
+
+    path = root / "data" / "app-sweep.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")

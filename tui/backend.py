@@ -1,0 +1,141 @@
+"""The app's only door to disk and processes. Blocking: call it in thread workers, never on the event loop.
+
+`Backend` is what screens rely on (tests bring a fake one); `LocalBackend` is the engine on this machine.
+The engine is imported inside the methods, so that the first paint waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from tui.actions import Action, Mixture
+from tui.jobwatch import JobWatch, job_row
+from tui.snapshots import (
+    AdapterDetail,
+    JobFeed,
+    JobRow,
+    Overview,
+    PlanView,
+    SampleRow,
+)
+
+if TYPE_CHECKING:
+    from engine.evaluate.summary import MetricRow
+    from tui.chatting import ChatPort
+
+
+class Backend(Protocol):
+    """What the screens need. Methods raise MedmergeError, which is shown to the person as it is."""
+
+    root: Path
+
+    def overview(self, base: str) -> Overview:
+        """What the workspace holds; adapters are judged against the model folder `base`."""
+        ...
+
+    def detail(self, path: str) -> AdapterDetail:
+        """One adapter's health, norms and training story; reads its weights."""
+        ...
+
+    def plan(self, mixture: Mixture) -> PlanView:
+        """What merging would cost; reads headers only."""
+        ...
+
+    def poll_jobs(self, wanted: frozenset[str]) -> tuple[tuple[JobRow, ...], dict[str, JobFeed]]:
+        """All jobs and the feeds that grew (of running jobs, and of the `wanted` ones)."""
+        ...
+
+    def start(self, action: Action) -> JobRow:
+        """Start a job; it survives the app."""
+        ...
+
+    def cancel(self, job_id: str) -> bool:
+        """Stop a job and all it started; may take seconds."""
+        ...
+
+    def log_tail(self, job_id: str, lines: int = 200) -> str:
+        """The end of what the job's process printed."""
+        ...
+
+    def table(self, run: str) -> tuple[MetricRow, ...]:
+        """All numbers of an evaluation so far."""
+        ...
+
+    def samples(self, run: str, row: MetricRow) -> tuple[SampleRow, ...]:
+        """The samples behind one number."""
+        ...
+
+    def chat_model(self, path: Path, adapters: Mapping[str, Path]) -> ChatPort:
+        """A model file to talk to, not started yet; its methods belong to the event loop."""
+        ...
+
+
+class LocalBackend:
+    """The engine on this machine, for one workspace."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._watch = JobWatch(root / "jobs")
+
+    def overview(self, base: str) -> Overview:
+        from engine.workspace import Workspace
+        from tui.reading import read_workspace
+
+        return read_workspace(Workspace(self.root), base)
+
+    def detail(self, path: str) -> AdapterDetail:
+        from tui.reading import adapter_detail
+
+        return adapter_detail(Path(path))
+
+    def plan(self, mixture: Mixture) -> PlanView:
+        from tui.reading import plan_view
+
+        return plan_view(mixture.recipe())
+
+    def poll_jobs(self, wanted: frozenset[str]) -> tuple[tuple[JobRow, ...], dict[str, JobFeed]]:
+        return self._watch.poll(wanted)
+
+    def start(self, action: Action) -> JobRow:
+        from engine.jobs import JobSpec, launch
+        from engine.workspace import Workspace
+
+        workspace = Workspace(self.root).create()
+        spec = JobSpec(action.kind, action.target, action.params, action.title, action.command)
+        return job_row(launch(spec, workspace.jobs))
+
+    def cancel(self, job_id: str) -> bool:
+        from engine.jobs import JobStore, cancel
+
+        return cancel(JobStore(self.root / "jobs").get(job_id))
+
+    def log_tail(self, job_id: str, lines: int = 200) -> str:
+        from engine.jobs import JobStore
+
+        path = JobStore(self.root / "jobs").get(job_id).log_path
+        try:
+            with path.open("rb") as file:
+                file.seek(0, 2)
+                file.seek(max(0, file.tell() - 65536))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def table(self, run: str) -> tuple[MetricRow, ...]:
+        from engine.evaluate.summary import load_table
+
+        return tuple(load_table(Path(run)))
+
+    def samples(self, run: str, row: MetricRow) -> tuple[SampleRow, ...]:
+        from tui.reading import samples_of
+
+        return samples_of(Path(run), row)
+
+    def chat_model(self, path: Path, adapters: Mapping[str, Path]) -> ChatPort:
+        from engine.chat.client import ChatModel
+        from engine.workspace import state_dir
+
+        return ChatModel(path, adapters, state_dir() / f"chat-{path.stem}.log")

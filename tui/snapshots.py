@@ -1,0 +1,262 @@
+"""What the screens show: immutable looks at files and jobs. No paths are opened here, nothing is computed.
+
+The backend fills them in threads; widgets only read them. Text in them may come from foreign files: it is
+made safe where it is shown (`tui.safe_text.plain`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the person has chosen to work with; paths, "" when nothing. Kept between starts."""
+
+    base: str = ""
+    pt: str = ""
+    sft: str = ""
+
+    def labels(self) -> dict[str, str]:
+        """Chosen adapters by label."""
+        return {label: path for label, path in (("pt", self.pt), ("sft", self.sft)) if path}
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A model folder. `error` says why it cannot be used ("" when it can)."""
+
+    path: str
+    name: str
+    architecture: str = ""
+    dtype: str = ""
+    parameters: int = 0
+    layers: int = 0
+    nbytes: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """An adapter folder. `error`: not usable at all. `misfit`: usable, but not on the chosen base.
+    `warning`: fits, but names another base."""
+
+    path: str
+    name: str
+    kind: str = ""  # "pt", "sft" or "" (unknown)
+    rank: int = 0
+    scales: tuple[float, ...] = ()
+    modules: int = 0
+    targets: tuple[str, ...] = ()
+    dtype: str = ""
+    nbytes: int = 0
+    base_name: str = ""
+    template: str = ""
+    error: str = ""
+    hint: str = ""
+    misfit: str = ""
+    warning: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return not self.error and not self.misfit
+
+
+@dataclass(frozen=True)
+class AdapterDetail:
+    """What reading the weights of one adapter shows, and what its training manifest says."""
+
+    path: str
+    norms: tuple[float, ...] = ()  # Frobenius norm of the delta of each layer
+    not_finite: tuple[str, ...] = ()
+    zero_b: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()  # (what, value) lines from training.json
+    curve: tuple[tuple[float, float], ...] = ()  # (step, loss)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """A merge on disk with the verdict its manifest holds. `verdict` is None when it was not verified."""
+
+    path: str
+    name: str
+    weights: tuple[tuple[str, float], ...] = ()
+    method: str = ""
+    dtype: str = ""
+    nbytes: int = 0
+    created: float = 0.0
+    verdict: VerdictView | None = None
+    base: str = ""  # paths of what went in, for verifying again
+    adapters: tuple[tuple[str, str], ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class VerdictView:
+    """What verification says. `ok` is None when it could not tell. Weights by label."""
+
+    ok: bool | None
+    code: str
+    message: str
+    asked: dict[str, float] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)
+    found: dict[str, float] = field(default_factory=dict)
+    residual: float | None = None
+    floor: float | None = None
+    unchanged_share: float | None = None
+    differing_share: float | None = None
+    tensors: int = 0
+    findings: tuple[tuple[str, str], ...] = ()  # (code, detail)
+
+
+@dataclass(frozen=True)
+class PlanView:
+    """What a merge will cost, before it runs. Bytes and seconds; `fits` is False when the disk is too full."""
+
+    read: int
+    written: int
+    memory: int
+    free: int
+    touched: int
+    copied: int
+    seconds: float | None = None
+    expected: dict[str, float] = field(default_factory=dict)  # weights the output dtype will keep
+    warnings: tuple[str, ...] = ()
+    error: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.free > self.written
+
+
+@dataclass(frozen=True)
+class OverlapView:
+    """How two adapters interfere: overall numbers and cosine per layer and kind of module."""
+
+    cosine: float | None
+    sign_conflict: float | None
+    subspace: float | None
+    norms: dict[str, float] = field(default_factory=dict)
+    by_kind: tuple[tuple[str, tuple[float, ...]], ...] = ()  # ("q_proj", overlap per layer)
+
+
+@dataclass(frozen=True)
+class GgufRow:
+    """A GGUF file, with the merge or base it says it came from."""
+
+    path: str
+    name: str
+    nbytes: int = 0
+    kind: str = "model"  # "model" or "adapter"
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One job as the lists show it. `fraction` is None while nothing is known of the end."""
+
+    id: str
+    kind: str
+    title: str
+    state: str
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    done: float = 0.0
+    total: float | None = None
+    unit: str = ""
+    phase: str = ""
+    message: str = ""
+    rate: float | None = None
+    eta_s: float | None = None
+    exit_code: int | None = None
+    error: str = ""
+    hint: str = ""
+    command: str = ""
+    folder: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def final(self) -> bool:
+        return self.state in ("done", "failed", "cancelled", "lost")
+
+    @property
+    def fraction(self) -> float | None:
+        if self.state == "done":
+            return 1.0
+        return min(1.0, self.done / self.total) if self.total else None
+
+
+@dataclass(frozen=True)
+class JobFeed:
+    """What a job's events have said so far."""
+
+    curves: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)  # name -> (step, value)
+    latest: dict[str, float] = field(default_factory=dict)  # newest value of every series
+    rows: tuple[dict[str, Any], ...] = ()
+    log: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run folder. `kind`: train, eval or sweep; `cells` and `done` count an evaluation's."""
+
+    path: str
+    name: str
+    kind: str
+    created: float = 0.0
+    cells: int = 0
+    done: int = 0
+
+    @property
+    def evaluation(self) -> bool:
+        return self.kind in ("eval", "sweep")
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One prompt with one output, as stored."""
+
+    id: str
+    prompt: str
+    reference: str
+    text: str
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class DataFile:
+    path: str
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Everything the workspace holds, read in one go."""
+
+    root: str
+    models: tuple[ModelRow, ...] = ()
+    adapters: tuple[AdapterRow, ...] = ()
+    merges: tuple[MergeRow, ...] = ()
+    ggufs: tuple[GgufRow, ...] = ()
+    runs: tuple[RunRow, ...] = ()
+    data: tuple[DataFile, ...] = ()
+    free: int = 0
+    problems: tuple[str, ...] = ()
+
+    def model(self, path: str) -> ModelRow | None:
+        return next((row for row in self.models if row.path == path), None)
+
+    def adapter(self, path: str) -> AdapterRow | None:
+        return next((row for row in self.adapters if row.path == path), None)
+
+    @property
+    def usable_models(self) -> tuple[ModelRow, ...]:
+        return tuple(row for row in self.models if not row.error)
+
+    @property
+    def usable_adapters(self) -> tuple[AdapterRow, ...]:
+        return tuple(row for row in self.adapters if row.usable)
