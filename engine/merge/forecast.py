@@ -21,7 +21,7 @@ import numpy.typing as npt
 from engine.jobs.events import EventWriter
 from engine.merge.plan import Plan, TensorPlan
 from engine.merge.rounding import holds_nan, narrow_bf16, widen_into
-from engine.merge.stream import BLOCK_ELEMENTS, stack_factors
+from engine.merge.stream import BLOCK_ELEMENTS, default_threads, stack_factors
 from engine.weights.tensorfile import read_bytes, read_rows
 
 SAMPLED_TENSORS = 12
@@ -40,7 +40,7 @@ def forecast(plan: Plan, events: EventWriter, threads: int | None = None) -> dic
     cannot be tried), expected_weights ({label: number}, None for labels with several weights), rounding_loss
     ({label: share lost, 0 to 1}), unchanged_share (of the changed tensors' elements), sampled_elements, advice.
     """
-    workers = threads or max(2, len(os.sched_getaffinity(0)))
+    workers = threads or default_threads()
     parent = _existing_parent(plan.recipe.output)
     free = shutil.disk_usage(parent).free
     loss = rounding_loss(plan)
@@ -130,7 +130,7 @@ def seconds(plan: Plan, parent: Path, workers: int) -> float | None:
     started = time.perf_counter()
     hashlib.sha256(probe).digest()
     hashing = (time.perf_counter() - started) / len(probe)
-    compute = (changed * per_byte + (plan.base.nbytes + plan.bytes_written) * hashing) / workers
+    compute = (changed * per_byte + (plan.base.nbytes + plan.bytes_written) * hashing) / max(1, workers - 1)
     return round(max(compute, plan.bytes_written / write), 2)
 
 

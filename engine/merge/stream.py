@@ -101,15 +101,19 @@ def stream_merge(
         plan: from `make_plan`; offsets, factors and weights are its.
         folder: an existing folder of our own (`.partial`).
         events: progress in bytes written, phase "merge".
-        threads: workers; by default as many as this process may use, at least two.
+        threads: workers; by default one more than the processors this process may use, as some wait their turn.
 
     Raises:
         BadModelError: NaN or infinity in the base. BadAdapterError: the sum overflows the output dtype.
         NoSpaceError: the disk filled up (space for each file is reserved before it is written).
     """
-    workers = threads or max(2, len(os.sched_getaffinity(0)))
+    workers = threads or default_threads()
     progress = _Progress(events, plan.bytes_written)
     return [_merge_shard(shard, folder, workers, progress) for shard in plan.shards]
+
+
+def default_threads() -> int:
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @dataclass
@@ -214,19 +218,15 @@ class _ShardWork:
         tensor = block.tensor
         data = buffers.raw[: block.rows]
         _read_all(self._source, data, tensor.source.start + block.first, tensor.source.file)
-        self._source_hash.update(block.index, data)
         if holds_nan(data, tensor.source.dtype):
             raise _nan_in_base(tensor)
-        _write_all(self._target, data, tensor.target.start + block.first)
-        self._target_hash.update(block.index, data)
-        self._progress.add(block.rows, tensor.target.name)
+        self._finish(block, data, data, tensor.target.start + block.first)
 
     def _merge(self, block: _Block, b: Float32, a: Float32, buffers: _Buffers) -> None:
         tensor, count, columns = block.tensor, block.elements, block.tensor.source.columns
         data = buffers.raw[: count * ITEM_SIZE[tensor.source.dtype]]
         offset = block.first * columns * ITEM_SIZE[tensor.source.dtype]
         _read_all(self._source, data, tensor.source.start + offset, tensor.source.file)
-        self._source_hash.update(block.index, data)
         values = buffers.values[:count]
         widen_into(data, tensor.source.dtype, values)
         if tensor.parts:
@@ -237,9 +237,14 @@ class _ShardWork:
             _look_closer(tensor, data, values)
         out = buffers.narrow(values, tensor.target.dtype)
         offset = block.first * columns * ITEM_SIZE[tensor.target.dtype]
-        _write_all(self._target, out, tensor.target.start + offset)
+        self._finish(block, data, out, tensor.target.start + offset)
+
+    def _finish(self, block: _Block, data: memoryview, out: memoryview, offset: int) -> None:
+        """Write a block and take both hashes; other workers compute meanwhile, so the turns cost no time."""
+        _write_all(self._target, out, offset)
+        self._source_hash.update(block.index, data)
         self._target_hash.update(block.index, out)
-        self._progress.add(len(out), tensor.target.name)
+        self._progress.add(len(out), block.tensor.target.name)
 
 
 class _Buffers:

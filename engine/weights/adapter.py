@@ -28,6 +28,28 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MANIFEST = "training.json"
 
+# Options of a LoraConfig under which the delta is not scale * B @ A of a linear layer, by their names for people.
+_NOT_MERGED = {
+    "use_dora": "DoRA (its merge is not linear in the weight)",
+    "modules_to_save": "modules_to_save (whole replaced modules)",
+    "target_parameters": "target_parameters (fused experts)",
+    "trainable_token_indices": "trainable_token_indices",
+    "alora_invocation_tokens": "activated LoRA (on only for some tokens)",
+    "lora_bias": "lora_bias",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "megatron_config": "Megatron layers",
+    "layer_replication": "layer_replication",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA",
+}
+# Options that decide how training starts or runs, not what the delta is. (CorDA, LoftQ and LoRA-GA change the
+# base when they start; init_lora_weights tells.)
+_HARMLESS = ("use_rslora", "eva_config", "velora_config", "corda_config", "lora_ga_config", "loftq_config",
+             "runtime_config")  # fmt: skip
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 _KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_A|lora_B)(?:\.default)?(?:\.weight)?$"
 )
@@ -62,7 +84,7 @@ class Health:
     """What is wrong with the numbers of an adapter. Healthy when both lists are empty."""
 
     not_finite: tuple[str, ...]  # tensors holding NaN or infinity
-    zero_b: tuple[str, ...]  # modules whose B is all zero: they change nothing (untrained)
+    zero_b: tuple[str, ...]  # modules whose B (or A) is all zero: they change nothing (untrained)
     norm_by_layer: tuple[float, ...]  # Frobenius norm of the scaled deltas of each layer, in float64
 
     @property
@@ -198,7 +220,7 @@ class Adapter:
             not_finite += [
                 info.name for info, x in ((factor.a, a), (factor.b, b)) if not np.isfinite(x).all()
             ]
-            if not b.any():
+            if not b.any() or not a.any():
                 zero_b.append(factor.module)
             layer = re.search(r"\.(\d+)\.", factor.module)
             if layer and np.isfinite(a).all() and np.isfinite(b).all():
@@ -216,26 +238,19 @@ def refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
         raise BadAdapterError(
             f"{path}: peft_type is {kind or 'not given'}, only LORA can be merged exactly here"
         )
-    named = {
-        "use_dora": "DoRA (its merge is not linear in the weight)",
-        "modules_to_save": "modules_to_save (whole replaced modules)",
-        "target_parameters": "target_parameters (fused experts)",
-        "trainable_token_indices": "trainable_token_indices",
-        "lora_bias": "lora_bias",
-        "corda_config": "CorDA", "eva_config": "", "arrow_config": "Arrow routing",
-        "megatron_config": "Megatron layers", "layer_replication": "layer_replication", "use_qalora": "QALoRA",
-    }  # fmt: skip
-    for key, words in named.items():
-        if words and config.get(key):
+    for key, value in config.items():
+        unknown = key not in _HARMLESS and (key.startswith("use_") or key.endswith("_config"))
+        if value and (key in _NOT_MERGED or unknown):
             raise BadAdapterError(
-                f"{path}: uses {words}, which this version does not merge", "see docs/architecture.md"
+                f"{path}: uses {_NOT_MERGED.get(key, key)}, which this version does not merge",
+                "only plain LoRA (alpha/r, rsLoRA, rank and alpha patterns) has an exact linear merge here",
             )
     if config.get("bias", "none") not in ("none", None):
         raise BadAdapterError(
             f"{path}: trains biases (bias={config['bias']!r}), which this version does not merge"
         )
     start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and (start.lower().startswith(("pissa", "olora", "corda", "loftq"))):
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise BadAdapterError(
             f"{path}: init_lora_weights is {start!r}: the base itself was changed when training began",
             "convert it to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)",
@@ -295,13 +310,13 @@ def _number(path: Path, key: str, value: Any) -> float:
 def pattern_value(patterns: Any, module: str, default: Any) -> Any:
     """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the name or its end.
 
-    As `peft.utils.other.get_pattern_key`: a key matches when `(.*\\.)?(key)$` matches the module name, or,
-    for keys beginning with "^", when it matches from the start.
+    As `peft.utils.other.get_pattern_key`: a key matches when `(.*\\.)?(key)$` matches the module name from its
+    start, so a plain name must be whole parts at the end, and a key beginning with "^" the whole name.
     """
     if not isinstance(patterns, dict):
         return default
     for key, value in patterns.items():
-        expression = rf"({key})$" if str(key).startswith("^") else rf"(.*\.)?({key})$"
+        expression = rf"(.*\.)?({key})$"
         try:
             if re.match(expression, module):
                 return value

@@ -92,11 +92,15 @@ class Checkpoint:
 
     @property
     def layers(self) -> int:
-        return int(self.config.get("num_hidden_layers") or 0)
+        """Number of transformer layers as config.json says, 0 when it does not."""
+        said = self.config.get("num_hidden_layers")
+        return said if isinstance(said, int) else 0
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        """Whether input and output embeddings are one tensor: config.json's word, else whether lm_head is absent."""
+        said = self.config.get("tie_word_embeddings")
+        return "lm_head.weight" not in self.tensors if said is None else bool(said)
 
     @property
     def companions(self) -> list[Path]:
@@ -167,7 +171,7 @@ def read_json(path: Path, error_class: type[BadModelError] | type[Any], hint: st
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise error_class(f"{path} is missing", hint) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise error_class(f"{path} cannot be read as JSON: {error}", hint) from error
     if not isinstance(value, dict):
         raise error_class(f"{path} should hold a JSON object", hint)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import MedmergeError
-from engine.weights.adapter import CONFIG, Adapter
+from engine.weights.adapter import CONFIG, PICKLE, WEIGHTS, Adapter
 from engine.weights.checkpoint import INDEX, SINGLE, Checkpoint
 
 _MAX_DEPTH = 5
+_NOT_RESULTS = re.compile(r"^\.|\.partial$|\.rejected(-\d+)?$")  # hidden, unfinished, failed verification
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,10 @@ class FoundModel:
 
 
 def find_adapters(places: list[Path]) -> list[FoundAdapter]:
-    """Every folder with adapter_config.json below the places (or the places themselves), by path."""
+    """Every folder with an adapter's config or weights below the places (or the places themselves), by path."""
     found = []
     for folder in _folders(places):
-        if (folder / CONFIG).is_file():
+        if any((folder / name).is_file() for name in (CONFIG, WEIGHTS, PICKLE)):
             try:
                 found.append(FoundAdapter(folder, Adapter.open(folder)))
             except MedmergeError as error:
@@ -64,5 +66,5 @@ def _folders(places: list[Path]) -> Iterator[Path]:
                 children.clear()
                 continue
             seen.add(key)
-            children[:] = sorted(c for c in children if not c.startswith(".") and not c.endswith(".partial"))
+            children[:] = sorted(name for name in children if not _NOT_RESULTS.search(name))
             yield folder

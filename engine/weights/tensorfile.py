@@ -78,8 +78,8 @@ class TensorFile:
                 bytes, overlapping tensors or holes.
         """
         try:
-            size = path.stat().st_size
             with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
                 head = file.read(8)
                 length = int.from_bytes(head, "little") if len(head) == 8 else -1
                 if not 2 <= length <= min(_MAX_HEADER, size - 8):
@@ -90,13 +90,8 @@ class TensorFile:
                 raw = file.read(length)
         except OSError as error:
             raise BadTensorFileError(f"cannot read {path}: {error.strerror}") from error
-        try:
-            entries = json.loads(raw)
-            metadata = entries.pop("__metadata__", {})
-        except (ValueError, AttributeError) as error:
-            raise BadTensorFileError(
-                f"{path}: its header is not JSON ({error})", "download or copy it again"
-            ) from error
+        entries = _parse_header(path, raw)
+        metadata = entries.pop("__metadata__", {})
         tensors = [_tensor(path, name, entry, 8 + length, size) for name, entry in entries.items()]
         tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
         position = 8 + length
@@ -115,18 +110,38 @@ class TensorFile:
         return cls(path, head + raw, clean, {tensor.name: tensor for tensor in tensors}, size)
 
 
+def _parse_header(path: Path, raw: bytes) -> dict[str, object]:
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BadTensorFileError(
+            f"{path}: its header is not usable JSON ({error})", "download or copy it again"
+        ) from error
+    if not isinstance(entries, dict):
+        raise BadTensorFileError(f"{path}: its header is no JSON object", "download or copy it again")
+    return entries
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
 def _tensor(path: Path, name: str, entry: object, data_start: int, size: int) -> TensorInfo:
     try:
-        assert isinstance(entry, dict)
+        if not isinstance(entry, dict):
+            raise TypeError
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers_ok = all(
             isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end)
         )
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BadTensorFileError(f"{path}: the header entry of {name!r} is malformed") from error
     if not numbers_ok:
         raise BadTensorFileError(f"{path}: the header entry of {name!r} holds numbers that are not sizes")
-    if dtype not in ITEM_SIZE:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise BadTensorFileError(f"{path}: tensor {name} has dtype {dtype!r}, which is not supported")
     if end - begin != math.prod(shape) * ITEM_SIZE[dtype] or data_start + end > size:
         raise BadTensorFileError(
