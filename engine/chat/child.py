@@ -96,7 +96,6 @@ class Pane:
                 if request["op"] == "scales":
                     scales = {str(label): float(scale) for label, scale in dict(request["scales"]).items()}
                     self.context.set_scales(scales)
-                    self._last_prompt = []
                     self._channel.send(number, Ok(self.context.size))
                 else:
                     self._channel.send(number, self._answer(number, request))

@@ -215,6 +215,7 @@ class Context:
                 f"llama.cpp could not make a context of {settings.n_ctx} tokens for {model.path.name}",
                 "not enough memory: choose a shorter context",
             )
+        self._active: dict[str, float] = {}
         self.tokens: list[int] = []  # what the memory holds
 
     def close(self) -> None:
@@ -236,7 +237,7 @@ class Context:
         llama_cpp.llama_set_n_threads(self._context, count, count)
 
     def set_scales(self, scales: dict[str, float]) -> None:
-        """Make these the active adapters and clear the memory, which the old weights computed.
+        """Make these the active adapters; the memory, which the old ones computed, is cleared if they changed.
 
         A scale of 0 leaves the adapter out. Raises BadInputError for a label that is not loaded.
         """
@@ -247,12 +248,15 @@ class Context:
                 f"loaded: {', '.join(self.model.adapters) or 'none'}",
             )
         active = {label: scale for label, scale in scales.items() if scale != 0}
+        if active == self._active:
+            return
         handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(active))(
             *(self.model._adapters[label] for label in active)
         )
         factors = (ctypes.c_float * len(active))(*active.values())
         if llama_cpp.llama_set_adapters_lora(self._context, handles, len(active), factors) != 0:
             raise ChildFailedError(f"llama.cpp refused the adapter scales {active}")
+        self._active = active
         self.clear()
 
     def clear(self) -> None:

@@ -34,11 +34,10 @@ PROMPTS = (
 )
 
 
-def compare_tokens(file: Path, folder: Path) -> list[str]:
+def compare_tokens(file: Path, folder: Path) -> None:
     """Compare token ids of the GGUF in llama.cpp with the checkpoint's tokenizer.json on PROBES.
 
-    Returns warnings (none at present). Raises BadModelError, with the text, when ids differ: the model would
-    read other tokens than it was trained on.
+    Raises BadModelError, with the text, when ids differ: the model would read other tokens than it was trained on.
     """
     import tokenizers
 
@@ -62,7 +61,6 @@ def compare_tokens(file: Path, folder: Path) -> list[str]:
                     f"({ours[at : at + 4]} instead of {right[at : at + 4]})",
                     "nothing was kept; name the right pre-tokenizer with --pre",
                 )
-    return []
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,25 @@ class Conversion:
             "dtype": self.model.dtype,
             "writer": f"medmerge {engine.__version__}",
             **({"adapters": self.rows_from} if self.rows_from else {}),
+            **merged_from(self.model.folder),
         }
 
 
-def convert(conversion: Conversion, out: Path, kind: str, events: EventWriter) -> list[str]:
-    """Write `out` as type `kind`; returns warnings. The file appears whole or not at all.
+def merged_from(folder: Path) -> dict[str, Any]:
+    """What the manifest of a merge says of its weights: asked, and each adapter's name and hash; else empty."""
+    try:
+        manifest = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        adapters = {
+            label: {"name": entry["name"], "sha256": entry["sha256"], "weight": manifest["asked"][label]}
+            for label, entry in manifest["adapters"].items()
+        }
+        return {"base": manifest["base"]["name"], "adapters": adapters}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def convert(conversion: Conversion, out: Path, kind: str, events: EventWriter) -> None:
+    """Write `out` as type `kind`. The file appears whole or not at all.
 
     The finished file's token ids are compared with the checkpoint's own tokenizer before it gets its name.
 
@@ -116,4 +130,4 @@ def convert(conversion: Conversion, out: Path, kind: str, events: EventWriter) -
                 whole.unlink(missing_ok=True)
             if partial.stat().st_size == 0:
                 raise ChildFailedError(f"llama.cpp wrote nothing to {partial}")
-        return compare_tokens(partial, conversion.model.folder)
+        compare_tokens(partial, conversion.model.folder)
