@@ -4,6 +4,7 @@ chat, evaluate, report. Once on a tiny random model, with really trained adapter
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ WORDS = ["aspirin", "fever", "dose", "asthma", "glucose", "cough", "patient", "t
 
 
 def sentence(seed: int) -> str:
-    picked = [WORDS[(seed * 7 + i * 3) % len(WORDS)] for i in range(8)]
-    return f"The {' and the '.join(picked)} number {seed}."
+    """Twelve random words: no two sentences share a run of eight, so the audit finds nothing."""
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) + draw.choice("abcdefgh") for _ in range(12)).capitalize() + "."
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -66,13 +68,27 @@ def test_from_text_to_a_verified_merge_that_talks(shell: Shell, tiny_llama: Path
         (shell.workspace / name).mkdir(exist_ok=True)
     data = shell.workspace / "data"
     questions = [
-        {"id": f"q{i}", "prompt": f"What is {WORDS[i % 10]} {i}?", "reference": sentence(900 + i), "source": "t"}
+        {
+            "id": f"q{i}",
+            "prompt": f"What is {WORDS[i % 10]} {i}?",
+            "reference": sentence(900 + i),
+            "source": "t",
+        }
         for i in range(6)
     ]
     tests = write_jsonl(data / "test.jsonl", questions)
-    texts = [{"id": str(i), "text": " ".join(sentence(i * 9 + j) for j in range(4)), "source": "a"} for i in range(40)]
+    texts = [
+        {"id": str(i), "text": " ".join(sentence(i * 9 + j) for j in range(4)), "source": "a"}
+        for i in range(40)
+    ]
     pairs = [
-        {"id": str(i), "instruction": f"Say {WORDS[i % 10]} {i}.", "input": "", "output": sentence(i), "source": "b"}
+        {
+            "id": str(i),
+            "instruction": f"Say {WORDS[i % 10]} {i}.",
+            "input": "",
+            "output": sentence(i),
+            "source": "b",
+        }
         for i in range(60)
     ]
     pt = train(shell, "pt", tiny_llama, write_jsonl(data / "pt.jsonl", texts), tests)
@@ -90,9 +106,19 @@ def test_from_text_to_a_verified_merge_that_talks(shell: Shell, tiny_llama: Path
     verdict = shell("verify", merged, *flags)
     assert verdict["ok"] and verdict["verdict"] == "ok"
     for label in ("pt", "sft"):
-        assert verdict["effective_weights"][label] == pytest.approx(verdict["expected_weights"][label], abs=1e-3)
+        assert verdict["effective_weights"][label] == pytest.approx(
+            verdict["expected_weights"][label], abs=1e-3
+        )
     swapped = shell(
-        "verify", merged, "--base", tiny_llama, "--adapter", f"pt={pt}:0.7", "--adapter", f"sft={sft}:0.3", code=1
+        "verify",
+        merged,
+        "--base",
+        tiny_llama,
+        "--adapter",
+        f"pt={pt}:0.7",
+        "--adapter",
+        f"sft={sft}:0.3",
+        code=1,
     )
     assert swapped["verdict"] == "swapped"
 
@@ -118,8 +144,6 @@ def test_from_text_to_a_verified_merge_that_talks(shell: Shell, tiny_llama: Path
     (shell.workspace / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     shell("sweep", shell.workspace / "sweep.yaml", "--out", "first")
     rows = shell("report", "first", "--format", "json")["rows"]
-    assert {json.dumps(row["weights"], sort_keys=True) for row in rows} == {
-        json.dumps(weights, sort_keys=True) for weights in sweep["weights"]
-    }
+    assert {(row["weights"]["pt"], row["weights"]["sft"]) for row in rows} == {(0, 1), (0.3, 0.7), (1, 0)}
     assert all(row["n"] in (4, 6) for row in rows)
     assert {job["state"] for job in shell("jobs", "list")["jobs"]} == {"done"}

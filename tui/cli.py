@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 
@@ -38,8 +37,6 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     commands = Commands(subparsers)
     for name in COMMANDS:
-        if importlib.util.find_spec(f"tui.commands.{name}") is None:  # TEMPORARY while the rooms are built
-            continue
         importlib.import_module(f"tui.commands.{name}").add_parser(commands)
     return parser
 
