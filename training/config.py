@@ -152,7 +152,9 @@ def from_mapping(values: dict[str, Any], where: str = "config") -> TrainConfig:
         raise BadRecipeError(f"{where}: unknown key {unknown[0]!r}", f"known: {', '.join(fields)}")
     missing = [key for key in ("kind", "base", "data", "output") if not merged.get(key)]
     if missing:
-        raise BadRecipeError(f"{where}: {missing[0]} is missing", "a run needs base, data, output, and kind or preset")
+        raise BadRecipeError(
+            f"{where}: {missing[0]} is missing", "a run needs base, data, output, and kind or preset"
+        )
     checked = {key: _typed(key, str(fields[key].type), value, where) for key, value in merged.items()}
     return TrainConfig(**checked).validate()
 

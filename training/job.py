@@ -28,6 +28,7 @@ def saved_config(run_folder: Path) -> TrainConfig:
         values = json.loads(path.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInputError(
-            f"{run_folder} is not a training run (train.json is missing or unreadable)", "give a folder below runs/"
+            f"{run_folder} is not a training run (train.json is missing or unreadable)",
+            "give a folder below runs/",
         ) from error
     return from_mapping(values, str(path))

@@ -38,7 +38,9 @@ def token_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=keep
     )
     chosen = targets[:, keep]
-    loss = F.cross_entropy(output.logits.float().flatten(0, 1), chosen.flatten(), ignore_index=IGNORE, reduction="sum")
+    loss = F.cross_entropy(
+        output.logits.float().flatten(0, 1), chosen.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
     return loss, int((chosen != IGNORE).sum())
 
 
@@ -50,7 +52,9 @@ def held_out_loss(model: Any, blocks: Sequence[Block], pad: int, batch_size: int
     total, count = 0.0, 0
     device = next(model.parameters()).device
     for start in range(0, len(blocks), batch_size):
-        batch = {key: value.to(device) for key, value in collate(blocks[start : start + batch_size], pad).items()}
+        batch = {
+            key: value.to(device) for key, value in collate(blocks[start : start + batch_size], pad).items()
+        }
         loss, tokens = token_loss(model, batch)
         total += float(loss)
         count += tokens
@@ -136,7 +140,11 @@ class Reporter(TrainerCallback):
         rate = tokens / seconds if seconds > 0 else math.nan
         values = {name: logs[key] for name, key in (("loss", "loss"), ("lr", "learning_rate")) if key in logs}
         self.events.metric(
-            state.global_step, **values, grad_norm=logs.get("grad_norm"), tok_s=rate, tokens=logs.get("tokens")
+            state.global_step,
+            **values,
+            grad_norm=logs.get("grad_norm"),
+            tok_s=rate,
+            tokens=logs.get("tokens"),
         )
 
     def on_step_end(
@@ -161,7 +169,9 @@ class Reporter(TrainerCallback):
             return
         trainer = self._trainer()
         started = time.monotonic()
-        loss, count = held_out_loss(trainer.model, self.held_out, self.pad, trainer.args.per_device_eval_batch_size)
+        loss, count = held_out_loss(
+            trainer.model, self.held_out, self.pad, trainer.args.per_device_eval_batch_size
+        )
         trainer.log({"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50.0)), "eval_tokens": count})
         self.events.metric(state.global_step, eval_loss=loss, eval_perplexity=math.exp(min(loss, 50.0)))
         self._mark = (self._mark[0] + time.monotonic() - started, self._mark[1])

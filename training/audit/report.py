@@ -20,9 +20,15 @@ def read_documents(path: Path, vocabulary: Vocabulary) -> list[Document]:
     for row_number, (line, row) in enumerate(read_jsonl(path)):
         texts = pieces(row)
         if isinstance(row.get("messages"), list):
-            texts += [str(turn["content"]) for turn in row["messages"] if isinstance(turn, dict) and "content" in turn]
+            texts += [
+                str(turn["content"])
+                for turn in row["messages"]
+                if isinstance(turn, dict) and "content" in turn
+            ]
         if not texts:
-            raise BadDataError(f"{path}, line {line}: no text field to compare", "expected text, instruction, prompt …")
+            raise BadDataError(
+                f"{path}, line {line}: no text field to compare", "expected text, instruction, prompt …"
+            )
         documents.append(Document.of(str(path), row_number, texts, vocabulary))
     return documents
 

