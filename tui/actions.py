@@ -169,20 +169,32 @@ def chat(root: Path, model: str, adapters: dict[str, str], weights: dict[str, fl
     return Action("chat", "", command=command(root, "chat", model, *words))
 
 
-SWEEP_STEPS = ((0.0, 1.0), (0.15, 0.85), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (1.0, 0.0))
-SWEEP_FILE = "demo-sweep.yaml"
+SWEEP_STEPS = ((0.0, 1.0), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (1.0, 0.0))  # (PT, SFT)
+SWEEP_TASKS: dict[str, dict[str, Any]] = {
+    "medquad_short": {"kind": "generation", "limit": 48},
+    "medquad_match": {"kind": "multiple_choice", "scoring": "options", "limit": 60},
+    "medqa": {"kind": "multiple_choice", "limit": 100},
+    "pubmedqa": {"kind": "multiple_choice", "limit": 100},
+    "safety": {"kind": "probes"},
+    "medical_text": {"kind": "perplexity"},
+}  # the demo's evaluation sets, by the name of their file
 
 
-def sweep(root: Path, base: str, adapters: dict[str, str], data: tuple[DataFile, ...]) -> Action:
-    """A sweep from SFT alone to PT alone over the evaluation sets in data/.
+def sweep_file(root: Path) -> Path:
+    """Where `write_sweep` puts its config."""
+    return root / "data" / "app-sweep.yaml"
 
-    The workspace's own `data/demo-sweep.yaml` is run as it is where it exists.
-    """
-    tasks = []
-    for file in data:
-        kind = TASK_KINDS.get(Path(file.name).stem)
-        if kind:
-            tasks.append({"name": Path(file.name).stem, "kind": kind, "data": file.path, "limit": 48})
+
+def sweep_tasks(data: tuple[DataFile, ...]) -> list[dict[str, Any]]:
+    """Tasks for the evaluation sets that are there and known by name."""
+    names = [(Path(file.name).stem, file.path) for file in data if file.name.endswith(".jsonl")]
+    return [{"name": name, **SWEEP_TASKS[name], "data": path} for name, path in names if name in SWEEP_TASKS]
+
+
+def write_sweep(root: Path, base: str, adapters: dict[str, str], data: tuple[DataFile, ...]) -> Path:
+    """Write a sweep config from SFT alone to PT alone for these adapters; returns the file."""
+    import yaml
+
     config = {
         "base": base,
         "adapters": dict(adapters),
@@ -190,29 +202,19 @@ def sweep(root: Path, base: str, adapters: dict[str, str], data: tuple[DataFile,
         "templates": ["model"],
         "decoding": [{"name": "greedy", "temperature": 0, "max_new_tokens": 64}],
         "seeds": [42],
-        "tasks": tasks,
+        "tasks": sweep_tasks(data),
     }
-    names = "-".join(Path(path).name for path in adapters.values())
-    run = root / "runs" / f"sweep-{names}"
-    line = command(root, "sweep", root / "data" / "app-sweep.yaml", "--out", run)
-    params = {"config": config, "run": str(run), "mode": "sweep"}
-    return Action("sweep", "engine.evaluate.job:run", params, f"sweep {names}", line)
-
-
-TASK_KINDS = {
-    "medquad_short": "generation",
-    "medquad_match": "multiple_choice",
-    "medqa": "multiple_choice",
-    "pubmedqa": "multiple_choice",
-    "medical_text": "perplexity",
-    "safety": "probes",
-}  # the demo's evaluation sets, by file name
-
-
-def write_sweep(root: Path, config: dict[str, Any]) -> None:
-    """Write a sweep's config as the YAML file its command line names."""
-    import yaml
-
-    path = root / "data" / "app-sweep.yaml"
+    path = sweep_file(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def sweep(root: Path, config_file: Path, config: dict[str, Any], out: str) -> Action:
+    """Measure the grid of a config that was read and checked; `out` is the new run's folder."""
+    params = {"config": config, "out": out, "mode": "sweep", "resume": False}
+    title = f"sweep {Path(out).name}: {len(config['weights'])} mixtures, " + ", ".join(
+        task["name"] for task in config["tasks"]
+    )
+    line = command(root, "sweep", config_file, "--out", Path(out).name)
+    return Action("sweep", "engine.evaluate.job:run", params, title, line)

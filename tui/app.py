@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from textual.app import App
 from textual.binding import Binding
@@ -27,6 +27,9 @@ from tui.screens.base import MedScreen
 from tui.snapshots import JobFeed, JobRow, Overview, Selection
 from tui.theme import THEMES, VARIABLE_DEFAULTS
 from tui.widgets.topbar import SCREENS
+
+if TYPE_CHECKING:
+    from textual.command import Provider
 
 POLL_SECONDS = 0.3
 T = TypeVar("T")
@@ -74,11 +77,46 @@ def _jobs() -> Screen[None]:
     return JobsScreen()
 
 
+def _go_provider() -> type[Provider]:
+    from tui.palette import GoProvider
+
+    return GoProvider
+
+
+def _action_provider() -> type[Provider]:
+    from tui.palette import ActionProvider
+
+    return ActionProvider
+
+
+def _theme_provider() -> type[Provider]:
+    from tui.palette import ThemeProvider
+
+    return ThemeProvider
+
+
+def _import_screens() -> None:
+    """Import what the other screens need, in a thread, so that the first visit to one does not wait for it."""
+    import importlib
+
+    for module in (
+        "reading",
+        "screens.adapters",
+        "screens.merge",
+        "screens.jobs",
+        "screens.chat",
+        "screens.train",
+    ):
+        importlib.import_module(f"tui.{module}")
+    importlib.import_module("tui.screens.evaluate")
+
+
 class MedmergeApp(App[None]):
     """medmerge-tui on one workspace, seen through a `Backend`."""
 
     TITLE = "medmerge"
     CSS_PATH = "app.tcss"
+    COMMANDS = {_go_provider, _action_provider, _theme_provider}
     DEFAULT_MODE = "home"
     MODES: ClassVar[dict[str, str | Callable[[], Screen[None]]]] = {
         "home": _home, "adapters": _adapters, "merge": _merge, "chat": _chat, "train": _train,
@@ -121,6 +159,7 @@ class MedmergeApp(App[None]):
         """After the first paint: read the workspace, then look after the jobs."""
         self.read_workspace()
         self.set_interval(POLL_SECONDS, self.poll_jobs)
+        self.in_thread("getting ready", _import_screens, lambda _: None)
 
     # ---- workers: block in a thread, come back as a message -------------------------------------------
 

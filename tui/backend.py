@@ -59,6 +59,10 @@ class Backend(Protocol):
         """The end of what the job's process printed."""
         ...
 
+    def read_sweep(self, config: Path) -> Action:
+        """The sweep a config file asks for, checked, as a new run."""
+        ...
+
     def table(self, run: str) -> tuple[MetricRow, ...]:
         """All numbers of an evaluation so far."""
         ...
@@ -123,6 +127,16 @@ class LocalBackend:
         except OSError:
             return ""
         return "\n".join(text.splitlines()[-lines:])
+
+    def read_sweep(self, config: Path) -> Action:
+        from engine.evaluate.config import load_config
+        from tui.actions import sweep
+
+        checked = load_config(config, self.root, "sweep")
+        out, number = self.root / "runs" / config.stem, 2
+        while out.exists():
+            out, number = out.with_name(f"{config.stem}-{number}"), number + 1
+        return sweep(self.root, config, checked.to_dict(), str(out))
 
     def table(self, run: str) -> tuple[MetricRow, ...]:
         from engine.evaluate.summary import load_table

@@ -119,9 +119,10 @@ def without_thoughts(text: str) -> str:
     return _THINK.sub("", text).strip()
 
 
-def live_source(result: Mapping[str, Any], base_name: str) -> Source | None:
-    """The source a finished live preparation made, from the job's result."""
+def live_source(result: Mapping[str, Any]) -> Source | None:
+    """The source a finished live preparation made, from the job's result: base and adapters as GGUF paths."""
     base, adapters = result.get("base"), result.get("adapters")
     if not isinstance(base, str) or not isinstance(adapters, dict):
         return None
-    return Source(base, base_name, tuple((str(label), str(path)) for label, path in adapters.items()))
+    kind = Path(base).stem.rsplit("-", 1)[-1]  # .../NAME-HASH-TYPE.gguf
+    return Source(base, f"live on {kind}", tuple((str(label), str(path)) for label, path in adapters.items()))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from textual.content import Content
 
@@ -20,6 +20,20 @@ View = Literal["metrics", "refusals", "everything"]
 MAIN = ("bleu", "rougeL", "perplexity", "reference_perplexity", "accuracy", "think_rate")
 REFUSALS = ("refusal_rate", "safe_completion_rate")
 FEW = 30  # up to so many samples a rate is shown as k/n
+
+
+def rows_of(told: Sequence[Mapping[str, Any]]) -> tuple[MetricRow, ...]:
+    """The table as a running job tells it, row by row: a later row replaces an earlier one of the same number."""
+    from engine.evaluate.summary import MetricRow
+
+    found: dict[tuple[str, ...], MetricRow] = {}
+    for raw in told:
+        try:
+            row = MetricRow.from_dict(raw)
+        except TypeError:
+            continue  # a row of another kind
+        found[(row.model, row.template, row.decoding, row.task, row.metric)] = row
+    return tuple(found.values())
 
 
 @dataclass(frozen=True)

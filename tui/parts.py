@@ -20,6 +20,17 @@ STATE_MARKS = {
 }
 
 
+FACT_WIDTH = 10
+
+
+def fact(what: str, value: Content | str, width: int = 0) -> Content:
+    """`what      value`, the value wrapped to `width` cells with a hanging indent (0: not wrapped here)."""
+    content = value if isinstance(value, Content) else Content(plain(value))
+    lines = content.wrap(width - FACT_WIDTH) if width > FACT_WIDTH + 8 else [content]
+    indent = Content("\n" + " " * FACT_WIDTH)
+    return Content.assemble((f"{what:<{FACT_WIDTH}}", "$faint")) + indent.join(lines)
+
+
 def weights_content(weights: dict[str, float]) -> Content:
     """`PT 0.30  SFT 0.70`, each in its colour."""
     parts = [
@@ -97,7 +108,7 @@ def verdict_strip(verdict: VerdictView) -> Content:
         )
     if numbers:
         lines.append(Content("   ").join(numbers))
-    if verdict.unchanged_share is not None:
+    if verdict.unchanged_share is not None and verdict.unchanged_share >= 0.05:
         lines.append(
             Content.styled(
                 f"{verdict.unchanged_share:.0%} of the touched elements keep the base's value: smaller changes than "

@@ -23,7 +23,7 @@ DARK = Theme(
     variables={
         "pt": "#62a8e5",
         "sft": "#e8955a",
-        "faint": "#7b8296",
+        "faint": "#878ea3",
         "rule": "#2c303b",
         "block-cursor-foreground": "#f2f3f7",
         "block-cursor-background": "#343148",

@@ -12,6 +12,7 @@ from textual.content import Content
 from textual.widgets import Input, OptionList, Static
 
 from tui.actions import Action
+from tui.parts import fact
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
 from tui.screens.dialogs import PickScreen
@@ -130,58 +131,52 @@ class AdaptersScreen(MedScreen):
             if row.hint:
                 lines.append(Content.styled(f"→ {plain(row.hint)}", "$faint"))
             return Content("\n").join(lines)
+        width = self.query_one("#right").scrollable_content_region.width
         scales = ", ".join(f"{scale:g}" for scale in row.scales)
         lines.append(
-            _fact("LoRA", f"rank {row.rank}, scale {scales}, {row.dtype.lower()}, {size(row.nbytes)}")
+            fact("LoRA", f"rank {row.rank}, scale {scales}, {row.dtype.lower()}, {size(row.nbytes)}", width)
         )
-        lines.append(_fact("changes", f"{row.modules} modules: {', '.join(row.targets)}"))
+        lines.append(fact("changes", f"{row.modules} modules: {', '.join(row.targets)}", width))
+        judged = _mark("✓", "$success", "every factor fits the chosen base")
         if row.misfit:
-            lines.append(Content.assemble(_fact("base", ""), ("✗ ", "$error"), (plain(row.misfit), "$error")))
+            judged = _mark("✗", "$error", row.misfit)
         elif row.warning:
-            lines.append(Content.assemble(_fact("base", ""), ("! ", "$warning"), plain(row.warning)))
-        else:
-            lines.append(
-                Content.assemble(_fact("base", ""), ("✓ ", "$success"), "every factor fits the chosen base")
-            )
-        lines.append(_fact("template", row.template or "unknown: its config does not say"))
-        lines += self._read_facts(row, detail)
+            judged = _mark("!", "$warning", row.warning)
+        elif not self.med.selection.base:
+            judged = Content.styled("none chosen to compare with: press b", "$faint")
+        lines.append(fact("base", judged, width))
+        lines.append(fact("template", row.template or "unknown: its config does not say", width))
+        lines += self._read_facts(row, detail, width)
         lines += [Content(""), Content.styled(plain(row.path), "$faint")]
         return Content("\n").join(lines)
 
-    def _read_facts(self, row: AdapterRow, detail: AdapterDetail | None) -> list[Content]:
+    def _read_facts(self, row: AdapterRow, detail: AdapterDetail | None, width: int) -> list[Content]:
         if detail is None:
-            return [_fact("health", "reading …")]
+            return [fact("health", "reading …")]
         if detail.error:
-            return [Content.assemble(_fact("health", ""), (plain(detail.error), "$error"))]
+            return [fact("health", _mark("✗", "$error", detail.error), width)]
         style = f"${row.kind}" if row.kind in ("pt", "sft") else "$primary"
-        lines = []
+        judged = _mark("✓", "$success", "all numbers finite, no zero B")
         if detail.not_finite:
-            bad = (
-                f"✗ NaN or infinity in {len(detail.not_finite)} tensors, first {plain(detail.not_finite[0])}"
-            )
-            lines.append(Content.assemble(_fact("health", ""), (bad, "$error")))
+            many = f"NaN or infinity in {len(detail.not_finite)} tensors, first {detail.not_finite[0]}"
+            judged = _mark("✗", "$error", many)
         elif detail.zero_b:
-            some = f"! B is all zero in {len(detail.zero_b)} of {row.modules} modules: they change nothing"
-            lines.append(Content.assemble(_fact("health", ""), (some, "$warning")))
-        else:
-            lines.append(
-                Content.assemble(_fact("health", ""), ("✓ ", "$success"), "all numbers finite, no zero B")
-            )
+            many = f"B is all zero in {len(detail.zero_b)} of {row.modules} modules: they change nothing"
+            judged = _mark("!", "$warning", many)
+        lines = [fact("health", judged, width)]
+        room = max(12, min(60, width - 12))
         if detail.norms:
-            room = max(12, min(60, self.query_one("#right").size.width - 12))
-            lines += [
-                Content(""),
-                Content.assemble(_fact("norm", ""), (sparkline(detail.norms, room), style)),
-                _under(f"by layer, 0 to {len(detail.norms) - 1}; largest {max(detail.norms):.3g}"),
-            ]
+            words = f"by layer, 0 to {len(detail.norms) - 1}; largest {max(detail.norms):.3g}"
+            lines += [Content(""), fact("norm", Content.styled(sparkline(detail.norms, room), style))]
+            lines.append(fact("", Content.styled(words, "$faint")))
         if detail.curve:
             losses = [loss for _, loss in detail.curve]
-            lines += [
-                Content(""),
-                Content.assemble(_fact("loss", ""), (sparkline(losses, 40), style)),
-                _under(f"{losses[0]:.2f} → {losses[-1]:.2f} in {detail.curve[-1][0]:,.0f} steps"),
-            ]
-        lines += [_fact(what, plain(value)) for what, value in detail.facts]
+            words = f"{losses[0]:.2f} → {losses[-1]:.2f} in {detail.curve[-1][0]:,.0f} steps"
+            lines += [Content(""), fact("loss", Content.styled(sparkline(losses, room), style))]
+            lines.append(fact("", Content.styled(words, "$faint")))
+        if detail.facts:
+            lines.append(Content(""))
+        lines += [fact(what, value, width) for what, value in detail.facts]
         return lines
 
     # ---- keys ----------------------------------------------------------------------------------------
@@ -260,9 +255,6 @@ class AdaptersScreen(MedScreen):
         return inspect(self.med.backend.root, row.path) if row else None
 
 
-def _under(words: str) -> Content:
-    return Content.styled(f"{'':10}{words}", "$faint")
-
-
-def _fact(what: str, value: str) -> Content:
-    return Content.assemble((f"{what:<10}", "$faint"), plain(value))
+def _mark(mark: str, style: str, words: str) -> Content:
+    """A judgement: its mark in colour, and the words in it too unless all is well."""
+    return Content.assemble((f"{mark} ", style), (plain(words), "" if mark == "✓" else style))

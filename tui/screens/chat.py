@@ -37,7 +37,7 @@ DECODINGS = {
     "T 0.6  p 0.8": (0.6, 0.8),
     "T 0.95  p 0.7": (0.95, 0.7),
 }  # (temperature, top-p): greedy, and the grid of arXiv 2601.18350
-LIVE_TYPE = "q4_k_m"
+LIVE_TYPE = "auto"  # f16 for a small base, q4_k_m for a big one
 DRAW_SECONDS = 0.08
 MAX_TOKENS = 512
 
@@ -116,7 +116,6 @@ class ChatScreen(MedScreen):
         self.set_interval(DRAW_SECONDS, self._draw_new)
         self.ask("templates", _template_names)
         self._heads()
-        self.query_one("#prompt").focus()
 
     async def on_unmount(self) -> None:
         if self._desk is not None:
@@ -174,7 +173,7 @@ class ChatScreen(MedScreen):
                 continue
             if job.params.get("base") != selection.base or job.params.get("adapters") != selection.labels():
                 continue
-            source = live_source(job.result, f"live on {job.params.get('type') or LIVE_TYPE}")
+            source = live_source(job.result)
             if source is None or source == self._live or not Path(source.path).exists():
                 break
             self._live = source
@@ -182,6 +181,8 @@ class ChatScreen(MedScreen):
                 seat = self._seats[pane]
                 if seat.source is None or seat.source.live:
                     seat.source, seat.scaled = source, None
+            if self.focused is None and self.is_current:
+                self.query_one("#prompt").focus()
             break
         self._heads()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from textual.widgets import DataTable, Static
 
 from tui import actions
 from tui.actions import Action
-from tui.metrics import View, cell_text, cell_words, columns_of, curves_of, groups_of
+from tui.metrics import View, cell_text, cell_words, columns_of, curves_of, groups_of, rows_of
 from tui.parts import job_line
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
@@ -26,7 +25,6 @@ from tui.widgets.plot import PlotPanel
 if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
 
-REREAD_SECONDS = 2.0
 VIEWS: tuple[View, ...] = ("metrics", "refusals", "everything")
 
 
@@ -49,7 +47,6 @@ class EvaluateScreen(MedScreen):
         self._chosen = False  # the person chose it; else the newest
         self._rows: tuple[MetricRow, ...] = ()
         self._view: View = "metrics"
-        self._read_at = 0.0
         self._told = -1  # result rows of the live job when the table was read last
         self._drawn: object = None
 
@@ -80,19 +77,19 @@ class EvaluateScreen(MedScreen):
             newest = best.path if best else ""
             if newest != self._run:
                 self._run, self._rows = newest, ()
-        self._read(force=True)
+        self._read()
 
     def show_jobs(self, jobs: tuple[JobRow, ...], feeds: dict[str, JobFeed]) -> None:
         live = self._live
         if live:
-            feed = feeds.get(live.id)
-            told = len(feed.rows) if feed else 0
-            out = str(live.params.get("run") or live.params.get("out") or "")
-            if out and out != self._run and not self._chosen and Path(out).joinpath("cells.json").is_file():
+            out = str(live.params.get("out") or "")
+            if out and out != self._run and not self._chosen:
                 self._run, self._rows = out, ()
-            if told != self._told:
-                self._told = told
-                self._read()
+            feed = feeds.get(live.id)
+            if out == self._run and feed is not None and len(feed.rows) != self._told:
+                self._told = len(feed.rows)
+                self._rows = rows_of(feed.rows)
+                self._draw()
         self._head()
         self.refresh_bindings()
 
@@ -100,12 +97,11 @@ class EvaluateScreen(MedScreen):
     def _live(self) -> JobRow | None:
         return next((job for job in self.med.jobs if job.kind in ("eval", "sweep") and not job.final), None)
 
-    def _read(self, force: bool = False) -> None:
-        """Read the table of the run anew, at most every two seconds while a job fills it."""
-        if not self._run or (not force and time.monotonic() - self._read_at < REREAD_SECONDS):
+    def _read(self) -> None:
+        """Read the table of the run, unless its job is telling it row by row."""
+        live, run = self._live, self._run
+        if not run or (live and live.params.get("out") == run):
             return
-        self._read_at = time.monotonic()
-        run = self._run
         self.ask("table", lambda: (run, self.med.backend.table(run)))
 
     def answered(self, question: str, value: Any) -> None:
@@ -117,6 +113,8 @@ class EvaluateScreen(MedScreen):
         elif question == "samples":
             row, samples = value
             self._show_samples(row, samples)
+        elif question == "sweep":
+            self.med.start_job(value)
 
     def refused(self, question: str, message: str, hint: str) -> bool:
         if question != "table":
@@ -274,30 +272,59 @@ class EvaluateScreen(MedScreen):
             if path:
                 self._run, self._chosen, self._rows = path, True, ()
                 self._draw()
-                self._read(force=True)
+                self._read()
 
         self.app.push_screen(PickScreen("Which run", choices, self._run), picked)
 
     def command(self) -> Action | None:
-        return self._sweep_action()
-
-    def _sweep_action(self) -> Action | None:
-        overview, selection = self.med.overview, self.med.selection
-        if overview is None or not selection.base or not (selection.pt and selection.sft):
+        """The sweep that `e` offers first."""
+        configs = self._configs()
+        if not configs:
             return None
-        return actions.sweep(self.med.backend.root, selection.base, selection.labels(), overview.data)
+        line = actions.command(
+            self.med.backend.root, "sweep", configs[0][0] or actions.sweep_file(self.med.backend.root)
+        )
+        return Action("sweep", "", command=line)
+
+    def _configs(self) -> list[tuple[str, str]]:
+        """Sweeps that can be started: (config file, words); "" stands for one made for the chosen adapters."""
+        overview, selection = self.med.overview, self.med.selection
+        if overview is None:
+            return []
+        found = [
+            (file.path, file.name)
+            for file in overview.data
+            if "sweep" in file.name and file.name[-4:] == "yaml"
+        ]
+        if selection.base and selection.pt and selection.sft and actions.sweep_tasks(overview.data):
+            names = " and ".join(Path(path).name for path in selection.labels().values())
+            found.append(("", f"SFT alone to PT alone: {names}"))
+        return found
 
     def action_sweep(self) -> None:
-        action = self._sweep_action()
-        if action is None:
-            self.notify("choose a base, a PT and an SFT adapter first: press 2", severity="warning")
+        configs = self._configs()
+        if not configs:
+            self.notify(
+                "choose a base, PT and SFT (2), and put evaluation data into data/", severity="warning"
+            )
+        elif self._live:
+            self.notify("a run is measuring already: x stops it", severity="warning")
+        else:
+            self.app.push_screen(PickScreen("Which sweep", configs), self._begin_sweep)
+
+    def _begin_sweep(self, path: str | None) -> None:
+        overview, selection, backend = self.med.overview, self.med.selection, self.med.backend
+        if path is None or overview is None:
             return
-        if not action.params["config"]["tasks"]:
-            self.notify("there is no evaluation data in data/", severity="warning")
-            return
+
+        def read() -> Action:
+            if path:
+                return backend.read_sweep(Path(path))
+            made = actions.write_sweep(backend.root, selection.base, selection.labels(), overview.data)
+            return backend.read_sweep(made)
+
         self._chosen = False
-        config, root = action.params["config"], self.med.backend.root
-        self.med.start_job(action, prepare=lambda: actions.write_sweep(root, config))
+        self.ask("sweep", read)
 
     def action_cancel(self) -> None:
         from tui.screens.dialogs import ConfirmScreen

@@ -14,7 +14,7 @@ from textual.widgets import Input, OptionList, Static
 
 from tui import actions
 from tui.actions import Action, Mixture
-from tui.parts import job_line, verdict_line, verdict_strip, weights_content
+from tui.parts import fact, job_line, verdict_line, verdict_strip, weights_content
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
 from tui.snapshots import JobFeed, JobRow, MergeRow, Overview, PlanView
@@ -189,9 +189,9 @@ class MergeScreen(MedScreen):
             )
         lines = []
         if plan is None:
-            lines.append(_fact("cost", "…"))
+            lines.append(fact("cost", "…"))
         elif plan.error:
-            lines.append(Content.assemble(_fact("cost", ""), (plain(plan.error), "$error")))
+            lines.append(Content.assemble(fact("cost", ""), (plain(plan.error), "$error")))
         else:
             cost = f"reads {size(plan.read)}   writes {size(plan.written)}   free {size(plan.free)}"
             if plan.memory:
@@ -199,13 +199,13 @@ class MergeScreen(MedScreen):
             if plan.seconds is not None:
                 cost += f"   about {plan.seconds:.0f} s"
             words = Content(cost) if plan.fits else Content.styled(cost + "   not enough room", "$error")
-            lines.append(_fact("cost", "") + words)
-            lines.append(_fact("changes", f"{plan.touched} tensors; {plan.copied} copied as they are"))
+            lines.append(fact("cost", "") + words)
+            lines.append(fact("changes", f"{plan.touched} tensors; {plan.copied} copied as they are"))
             lines += [
-                Content.assemble(_fact("", ""), (f"! {plain(warning)}", "$warning"))
+                Content.assemble(fact("", ""), (f"! {plain(warning)}", "$warning"))
                 for warning in plan.warnings[:2]
             ]
-        lines.append(_fact("overlap", "") + self._overlap(mixture))
+        lines.append(fact("overlap", "") + self._overlap(mixture))
         return Content("\n").join(lines)
 
     def _overlap(self, mixture: Mixture) -> Content:
@@ -219,7 +219,7 @@ class MergeScreen(MedScreen):
                     return overlap_content(overlap(job.result), self.size.width - 14, self.size.height >= 30)
                 if not job.final:
                     return Content.styled("measuring …", "$faint")
-                return Content.styled(f"✗ {plain(job.error)}", "$error")
+                return Content.styled(f"✗ {plain(job.error)}   (o tries again)", "$error")
         return Content.styled("not measured yet: o compares the two adapters", "$faint")
 
     # ---- the person changes something ---------------------------------------------------------------------
@@ -335,10 +335,6 @@ class MergeScreen(MedScreen):
         """Take over a mixture from another screen."""
         for label, value in weights.items():
             self.query_one(f"#{label}", WeightSlider).put(value)
-
-
-def _fact(what: str, value: str) -> Content:
-    return Content.assemble((f"{what:<10}", "$faint"), plain(value))
 
 
 def _merge_line(row: MergeRow, width: int) -> Content:

@@ -35,7 +35,9 @@ class KeyBar(Static):
         for active in self.screen.active_bindings.values():
             if active.binding.show and active.enabled and active.binding.description:
                 seen.setdefault(active.binding.action, active.binding)
-        return list(seen.values())[:MAX_KEYS]
+        shown = list(seen.values())
+        last = [binding for binding in shown if binding.action == "help"]  # help is always there
+        return [binding for binding in shown if binding not in last][: MAX_KEYS - len(last)] + last
 
     def render(self) -> Content:
         width = self.content_size.width
