@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ import pytest
 from engine.gguf.convert import Conversion, convert
 from engine.jobs.events import EventWriter
 
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # read when llama.cpp is loaded; spinning starves other work
 TEXT = "Aspirin is used to reduce pain, fever. What is the dose of 500 mg?\n\n1. one 2. two"
 
 
@@ -39,7 +43,7 @@ def llama_log_probs(
     with Model(file, gpu_layers=0) as model:
         for label, path in (loras or {}).items():
             model.load_adapter(label, path)
-        with model.context(256) as context:
+        with model.context(256, threads=1) as context:
             if scales:
                 context.set_scales(scales)
             return context.log_probabilities(model.tokenize(text))

@@ -90,7 +90,7 @@ def test_changing_scales_on_one_context_forgets_the_old_ones(
     fresh = llama_log_probs(tiny_llama_gguf, loras={"a": lora}, scales={"a": 0.5})
     with Model(tiny_llama_gguf, gpu_layers=0) as model:
         model.load_adapter("a", lora)
-        with model.context(256) as context:
+        with model.context(256, threads=1) as context:
             context.set_scales({"a": 2.0})
             context.log_probabilities(model.tokenize(TEXT))
             context.set_scales({"a": 0.5})
