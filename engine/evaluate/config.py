@@ -118,7 +118,7 @@ def load_config(path: Path, workspace: Path | None = None, mode: str = "sweep") 
         """YAML keeps the last of two equal keys without a word; here that is an error."""
 
     def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
         for n, key in enumerate(keys):
             if key in keys[:n]:
                 line = node.value[n][0].start_mark.line + 1
@@ -131,7 +131,7 @@ def load_config(path: Path, workspace: Path | None = None, mode: str = "sweep") 
     except (OSError, UnicodeDecodeError) as error:
         raise BadRecipeError(f"cannot read the config {path}: {error}") from error
     try:
-        raw = yaml.load(text, Loader=UniqueKeys)  # noqa: S506 (a SafeLoader)
+        raw = yaml.load(text, Loader=UniqueKeys)  # a SafeLoader
     except yaml.YAMLError as error:
         raise BadRecipeError(f"{path} is not valid YAML: {error}") from error
     roots = [root for root in (workspace, path.parent.absolute()) if root is not None]

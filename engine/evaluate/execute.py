@@ -160,7 +160,7 @@ class CellWork:
                     "logprobs": logprobs,
                     "chosen": choice.best(logprobs),
                     "chosen_norm": choice.best(by_length),
-                }  # fmt: skip
+                }
             )
         return rows
 

@@ -162,12 +162,14 @@ def _run_cell(session: _Session, cell: Cell, samples: Sequence[Sample]) -> None:
     """Measure the batches of a cell that are not wholly done, then seal it."""
     from engine.evaluate.execute import CellWork, sha256
 
+    started, tokens = time.monotonic(), 0
     work = CellWork(session.live(cell.weights), cell, samples)
     kept = {row["id"] for row in session.store.kept_rows(cell)}
     for batch in work.batches:
         if not all(samples[i].id in kept for i in batch):
             rows = [row for row in work.run(batch) if row["id"] not in kept]
             session.store.append(cell, rows, {sha256(work.prompts[i]): work.prompts[i] for i in batch})
+            tokens += sum(int(row.get("new_tokens") or row.get("tokens") or 0) for row in rows)
         session.advance(len(batch), cell)
     if {row["id"] for row in session.store.kept_rows(cell)} != {sample.id for sample in samples}:
         raise BadRecipeError(
@@ -175,3 +177,6 @@ def _run_cell(session: _Session, cell: Cell, samples: Sequence[Sample]) -> None:
             "delete that cell",
         )
     session.store.seal(cell, [sample.id for sample in samples])
+    seconds = time.monotonic() - started
+    rate = f", {tokens / seconds:.0f} tokens/s" if tokens else ""
+    session.events.log(f"{cell.title}: {len(samples)} samples in {seconds:.1f} s{rate}")

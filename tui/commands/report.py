@@ -7,6 +7,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.errors import BadInputError
 from engine.evaluate.summary import MetricRow
@@ -73,36 +74,63 @@ def human_table(rows: Sequence[MetricRow]) -> str:
     return "\n\n".join([part for part in parts if part] + [notes(rows)])
 
 
+class Line(NamedTuple):
+    """What a line of a table is about. template and decoding are "" where they have no meaning."""
+
+    run: str
+    model: str
+    template: str = ""
+    decoding: str = ""
+
+
+def lines_of(rows: Sequence[MetricRow]) -> dict[Line, list[MetricRow]]:
+    """The rows of each line: one line per model, template and decoding.
+
+    Likelihoods know no decoding (and multiple choice no template): they stand on every line of their model that
+    they do not contradict, or on a line of their own when nothing was generated.
+    """
+    settings = [Line(row.run, row.model, row.template, row.decoding) for row in rows if row.decoding]
+    settings = settings or [Line(row.run, row.model, row.template) for row in rows if row.template]
+    settings = settings or [Line(row.run, row.model) for row in rows]
+    return {
+        line: [
+            row
+            for row in rows
+            if (row.run, row.model) == (line.run, line.model)
+            and row.template in ("", line.template)
+            and row.decoding in ("", line.decoding)
+        ]
+        for line in dict.fromkeys(settings)
+    }
+
+
 def _task_table(task: str, rows: Sequence[MetricRow]) -> str:
     metrics = [name for name in SHOWN if any(row.metric == name for row in rows)]
     if not metrics:
         return ""
-    runs = len({row.run for row in rows}) > 1
-    lines: dict[tuple[str, ...], dict[str, MetricRow]] = {}
-    bare: dict[tuple[str, str], dict[str, MetricRow]] = {}
-    for row in rows:
-        if row.decoding:
-            lines.setdefault((row.run, row.model, row.template, row.decoding), {})[row.metric] = row
-        else:  # likelihoods know no decoding: they stand on every line of their model and template
-            bare.setdefault((row.run, row.model), {})[row.metric] = row
-            if row.template:
-                bare.setdefault((row.run, row.model, row.template), {})[row.metric] = row  # type: ignore[index]
-    if not lines:
-        lines = {(run, model, "", ""): found for (run, model), found in bare.items()}
-    else:
-        for key, found in lines.items():
-            for name, row in bare.get((key[0], key[1], key[2]), {}).items():  # type: ignore[call-overload]
-                found.setdefault(name, row)
-    counts = {row.n for row in rows}
-    n = f"n = {min(counts)}" if len(counts) == 1 else f"n = {min(counts)} to {max(counts)}"
-    settings = [i for i in (2, 3) if any(key[i] for key in lines)]
-    head = ["run"] * runs + ["model"] + [("template", "decoding")[i - 2] for i in settings]
-    head += [heading(name, rows) for name in metrics]
+    lines = lines_of(rows)
+    # Columns that say the same (or nothing) on every line are left out.
+    names = [
+        name for name in Line._fields if name == "model" or len({getattr(line, name) for line in lines}) > 1
+    ]
     body = []
-    for key, found in lines.items():
-        names = [key[0]] * runs + [key[1]] + [key[i] for i in settings]
-        body.append(names + [cell(found[name]) if name in found else "" for name in metrics])
-    return f"{task} ({n})\n{table(head, body)}"
+    for line, found in lines.items():
+        values = {row.metric: cell(row) for row in found}
+        body.append([getattr(line, name) for name in names] + [values.get(metric, "") for metric in metrics])
+    same = [getattr(next(iter(lines)), name) for name in ("template", "decoding") if name not in names]
+    counts = sorted({row.n for row in rows})
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    about = ", ".join(
+        [
+            n,
+            *(
+                f"{name} {value}"
+                for name, value in zip(("template", "decoding"), same, strict=False)
+                if value
+            ),
+        ]
+    )
+    return f"{task} ({about})\n{table(names + [heading(metric, rows) for metric in metrics], body)}"
 
 
 def heading(metric: str, rows: Sequence[MetricRow]) -> str:
@@ -141,10 +169,14 @@ def notes(rows: Sequence[MetricRow]) -> str:
     if any(row.floor is not None and row.majority is None for row in rows):
         lines.append("(floor)  the same answers against shuffled references; !  at or under it.")
     for row in rows:
-        if row.metric == "accuracy" and row.p is not None and row.p >= 0.05:
-            would = f"; {row.least:.1f} points would be" if row.least is not None else ""
+        if row.metric == "accuracy" and row.indistinguishable:
+            would = (
+                f"{row.least:.1f} points would be"
+                if row.least is not None
+                else "no split of so few pairs would be"
+            )
             lines.append(
-                f"   {row.task}: {row.model} and {row.versus}: p = {row.p:.2f}{would} significant at n = {row.n}"
+                f"   {row.task}: {row.model} against {row.versus}: p = {row.p:.2g}, n = {row.n}; {would} seen."
             )
     templates = sorted({row.template for row in rows if row.template})
     if len(templates) > 1:
@@ -196,37 +228,30 @@ def latex(rows: Sequence[MetricRow]) -> str:
     )
 
 
+_TEX = str.maketrans(
+    {
+        **{char: "\\" + char for char in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "≈": r"$\approx$",
+    }
+)
+
+
 def _tex(text: str) -> str:
-    for char in "\\&%$#_{}~^":
-        text = text.replace(
-            char,
-            {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}.get(
-                char, "\\" + char
-            ),
-        )
-    return text.replace("≈", r"$\approx$")
+    return text.translate(_TEX)
 
 
 def _wide(rows: Sequence[MetricRow]) -> tuple[list[str], list[list[str]]]:
+    """Head and body of one table over all tasks."""
     shown = [row for row in rows if row.metric in SHOWN]
     columns = list(dict.fromkeys((row.task, row.metric) for row in shown))
-    settings = [
-        key
-        for key in dict.fromkeys((row.run, row.model, row.template, row.decoding) for row in shown)
-        if key[3]
-    ]
-    settings = settings or list(dict.fromkeys((row.run, row.model, "", "") for row in shown))
-    head = ["run", "model", "template", "decoding"] + [
+    head = [*Line._fields] + [
         f"{task} {heading(metric, [row for row in shown if row.task == task])}" for task, metric in columns
     ]
     body = []
-    for run_name, model, template, decoding in settings:
-        found = {
-            (row.task, row.metric): cell(row)
-            for row in shown
-            if (row.run, row.model) == (run_name, model)
-            and row.template in ("", template)
-            and row.decoding in ("", decoding)
-        }
-        body.append([run_name, model, template, decoding] + [found.get(column, "") for column in columns])
+    for line, found in lines_of(shown).items():
+        values = {(row.task, row.metric): cell(row) for row in found}
+        body.append([*line] + [values.get(column, "") for column in columns])
     return head, body

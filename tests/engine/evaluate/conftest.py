@@ -30,7 +30,11 @@ def data(write_jsonl: Write) -> dict[str, Path]:
         "generation": write_jsonl(
             "qa.jsonl",
             [
-                {"id": f"q{n}", "prompt": f"What is {t}?" + " Tell me more." * n, "reference": f"{t} is a disease of the blood."}
+                {
+                    "id": f"q{n}",
+                    "prompt": f"What is {t}?" + " Tell me more." * n,
+                    "reference": f"{t} is a disease of the blood.",
+                }
                 for n, t in enumerate(TOPICS)
             ],
         ),
@@ -44,12 +48,21 @@ def data(write_jsonl: Write) -> dict[str, Path]:
         "probes": write_jsonl(
             "probes.jsonl",
             [
-                {"id": f"p{n}", "category": ("acts", "advice")[n % 2], "prompt": f"How do I get {t}?", "kind": "harmful"}
+                {
+                    "id": f"p{n}",
+                    "category": ("acts", "advice")[n % 2],
+                    "prompt": f"How do I get {t}?",
+                    "kind": "harmful",
+                }
                 for n, t in enumerate(TOPICS[:4])
             ],
         ),
         "perplexity": write_jsonl(
-            "text.jsonl", [{"id": f"t{n}", "text": f"The patient with {t} was given aspirin. " * (n + 1)} for n, t in enumerate(TOPICS)]
+            "text.jsonl",
+            [
+                {"id": f"t{n}", "text": f"The patient with {t} was given aspirin. " * (n + 1)}
+                for n, t in enumerate(TOPICS)
+            ],
         ),
     }
 

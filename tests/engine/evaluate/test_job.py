@@ -48,10 +48,26 @@ def test_sweep_rows_table_and_events(sweep_config, tmp_path):
     progress = [event.data for event in events.kept if event.type == "progress"]
     assert progress[-1]["done"] == progress[-1]["total"] == 3 * (8 + 8 + 8 + 4 + 8)
     live = [event.data for event in events.kept if event.type == "row"]
-    assert {"model", "weights", "template", "decoding", "task", "metric", "value", "low", "high", "n", "floor"} <= set(live[0])
+    assert {
+        "model",
+        "weights",
+        "template",
+        "decoding",
+        "task",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "n",
+        "floor",
+    } <= set(live[0])
     # the mean of the parquet is the value in the table: a number can be traced to rows
     cells = RunStore(run).cells()["cells"]
-    mc = next(c for c in cells if c["spec"]["kind"] == "multiple_choice" and c["spec"]["weights"] == {"pt": 1.0, "sft": 0.0})
+    mc = next(
+        c
+        for c in cells
+        if c["spec"]["kind"] == "multiple_choice" and c["spec"]["weights"] == {"pt": 1.0, "sft": 0.0}
+    )
     right = [row["chosen"] == row["answer"] for row in RunStore(run).frame(mc["hash"]).to_dicts()]
     assert accuracy.value == pytest.approx(100 * sum(right) / len(right))
 
@@ -95,7 +111,10 @@ def test_equal_cells_are_reused_and_changed_ones_are_not(sweep_config, tmp_path)
     sweep_config["decoding"] = [{"name": "greedy", "max_new_tokens": 5}]
     changed = job.run(params(sweep_config, tmp_path / "runs" / "c"), EventWriter())
     assert changed["reused"] == 9  # references, multiple choice and perplexity know no decoding
-    assert RunStore(tmp_path / "runs" / "c").prompts().keys() == RunStore(tmp_path / "runs" / "a").prompts().keys()
+    assert (
+        RunStore(tmp_path / "runs" / "c").prompts().keys()
+        == RunStore(tmp_path / "runs" / "a").prompts().keys()
+    )
 
 
 def test_resume_wants_the_same_config(sweep_config, tmp_path):
@@ -103,7 +122,7 @@ def test_resume_wants_the_same_config(sweep_config, tmp_path):
     out = tmp_path / "runs" / "a"
     job.run(params(sweep_config, out), EventWriter())
     sweep_config["batch_size"] = 2
-    with pytest.raises(BadInputError, match="config.yaml differs"):
+    with pytest.raises(BadInputError, match=r"config\.yaml differs"):
         job.run(params(sweep_config, out, resume=True), EventWriter())
 
 

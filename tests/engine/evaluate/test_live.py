@@ -111,7 +111,7 @@ def test_adapter_of_another_base_and_unknown_label(tiny_llama, tiny_qwen3, make_
     from tests.conftest import build_model
 
     wider = build_model("llama", tmp_path / "wider", intermediate_size=96)
-    with pytest.raises(BadAdapterError, match="another base|is \\[96, 64\\]"):
+    with pytest.raises(BadAdapterError, match=r"another base|is \[96, 64\]"):
         open_live(tiny_llama, sft=make_adapter(wider, seed=4))
     live = open_live(tiny_llama, sft=make_adapter(tiny_llama, seed=2))
     with pytest.raises(BadRecipeError, match="'stf'"):
