@@ -14,7 +14,6 @@ document with absolute paths; jobs and manifests carry that.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -192,8 +191,8 @@ def _weights(value: object, where: str) -> dict[str, float]:
 def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRecipeError(f"{where} should be a number, and is {value!r}")
-    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
-        raise BadRecipeError(f"{where} is {value}, which is no finite weight")
+    if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:  # NaN fails every comparison
+        raise BadRecipeError(f"{where} is {_short(value)}, which is no finite weight")
     return float(value)
 
 

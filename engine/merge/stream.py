@@ -309,12 +309,13 @@ def _look_closer(tensor: TensorPlan, data: memoryview, values: Float32) -> None:
     """Raise what is wrong with a block that may not be finite in the output dtype; return if nothing is."""
     before = np.empty_like(values)
     widen_into(data, tensor.source.dtype, before)
-    if not np.isfinite(before).all():
-        raise _nan_in_base(tensor)
+    finite = np.isfinite(before)
+    if np.isnan(before).any() or (tensor.parts and not finite.all()):
+        raise _nan_in_base(tensor)  # infinity alone is let through where nothing is added: masks are made of it
     dtype = tensor.target.dtype
     # halfway to the next power of two beyond the largest value is where rounding reaches infinity
     limit = {"F16": 65520.0, "BF16": 3.3961775292304957e38, "F32": np.inf}[dtype]
-    worst = float(np.abs(values).max())
+    worst = float(np.abs(values[finite]).max(initial=0.0))
     if not worst < limit:
         raise BadAdapterError(
             f"{tensor.target.name}: the merged weights reach {worst:.4g}, more than {dtype} can hold "

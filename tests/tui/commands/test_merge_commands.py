@@ -1,0 +1,166 @@
+"""`medmerge adapters`, `plan` and `merge` as a person or a script types them: output, JSON and exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.workspace import Workspace
+from tests.conftest import MakeAdapter
+from tui.cli import main
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def filled(
+    workspace: Workspace, tiny_llama: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> Workspace:
+    """A workspace with a base and adapters pt and sft, found through the environment, in a folder elsewhere."""
+    shutil.copytree(tiny_llama, workspace.bases / "tiny")
+    for label, folder in zip(("pt", "sft"), pair, strict=True):
+        shutil.copytree(folder, workspace.adapters / label)
+    monkeypatch.setenv("MEDMERGE_WORKSPACE", str(workspace.root))
+    (workspace.root.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(workspace.root.parent / "elsewhere")
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_llama: Path, make_adapter: MakeAdapter) -> tuple[Path, Path]:
+    return make_adapter(tiny_llama, seed=1), make_adapter(tiny_llama, seed=2, rank=4)
+
+
+FLAGS = ["--base", "bases/tiny", "--adapter", "pt=adapters/pt:0.3", "--adapter", "sft=adapters/sft:0.7"]
+
+
+def json_out(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_merge_by_flags_then_again(filled: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    out = filled.merges / "m"
+    assert main(["merge", *FLAGS, "--method", "linear", "--out", str(out), "--json"]) == 0
+    result = json_out(capsys)
+    assert result["out"] == str(out) and result["verdict"]["ok"] and (out / "model.safetensors").is_file()
+    for label, asked in (("pt", 0.3), ("sft", 0.7)):
+        assert result["verdict"]["asked"][label] == asked
+        found, expected = result["verdict"]["effective_weights"], result["verdict"]["expected_weights"]
+        assert found[label] == pytest.approx(expected[label], abs=0.001)
+    assert main(["merge", *FLAGS, "--out", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert "already there" in printed.err and not printed.out
+
+
+def test_merge_by_recipe_in_words(filled: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = filled.root / "recipe.yaml"
+    recipe.write_text(
+        "base: bases/tiny\nmethod: task_arithmetic\nadapters:\n  pt: {path: adapters/pt, weight: 0.5}\n"
+        "output: {path: merges/r, dtype: float32}\n"
+    )
+    assert main(["merge", str(recipe), "--no-verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "not verified" in printed and str(filled.merges / "r") in printed
+    manifest = json.loads((filled.merges / "r" / "medmerge.json").read_text())
+    assert manifest["recipe"]["method"] == "task_arithmetic" and manifest["verification"]["done"] is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "--base is missing"),
+        (["--base", "bases/tiny", "--out", "m"], "--adapter is missing"),
+        ([*FLAGS], "--out is missing"),
+        ([*FLAGS[:2], "--adapter", "pt=adapters/pt", "--out", "m"], "has no weight"),
+        ([*FLAGS[:2], "--adapter", "adapters/pt:0.3", "--out", "m"], "is not LABEL=PATH"),
+        ([*FLAGS[:2], "--adapter", "pt=adapters/pt:nan", "--out", "m"], "no finite weight"),
+        ([*FLAGS, *FLAGS[2:4], "--out", "m"], "two adapters are labelled pt"),
+        ([*FLAGS, "--method", "slerp", "--out", "m"], "slerp is not in this version"),
+        ([*FLAGS, "--dtype", "q4_k_m", "--out", "m"], "dtype 'q4_k_m'"),
+        (["--base", "no/such", *FLAGS[2:], "--out", "m"], "no/such does not exist"),
+        (["none.yaml"], "cannot read the recipe"),
+        (["none.yaml", *FLAGS], "a recipe file and --base together"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(
+    filled: Workspace, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+) -> None:
+    assert main(["merge", *argv]) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err and not printed.out
+    assert not list(filled.merges.iterdir()) and not list(Path.cwd().iterdir())
+    assert not list(filled.jobs.iterdir())
+
+
+def test_bad_inputs_found_by_the_job_are_exit_code_2(
+    filled: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = filled.bases / "tiny" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert main(["merge", *FLAGS, "--out", "m", "--json"]) == 2
+    error = json_out(capsys)
+    assert str(shard) in error["error"] and error["exit_code"] == 2 and error["hint"]
+    assert not list(Path.cwd().iterdir())
+
+
+def test_plan(filled: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *FLAGS, "--json"]) == 0
+    plan = json_out(capsys)
+    assert plan["bytes_written"] == (filled.bases / "tiny" / "model.safetensors").stat().st_size
+    assert plan["tensors"][0]["parts"]["pt"] == {"weight": 0.3, "scale": 2.0, "rank": 8}
+    assert main(["plan", *FLAGS]) == 0
+    printed = capsys.readouterr().out
+    assert "pt 0.3 + sft 0.7 on tiny, bfloat16" in printed and "lost to rounding" in printed
+    assert not list(filled.merges.iterdir()) and not list(Path.cwd().iterdir())
+
+
+def test_adapters(filled: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = filled.adapters / "broken"
+    shutil.copytree(filled.adapters / "pt", broken)
+    config = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    assert main(["adapters", "--json"]) == 0
+    rows = {row["name"]: row for row in json_out(capsys)["adapters"]}
+    assert rows["pt"]["rank"] == 8 and rows["pt"]["scales"] == [2.0] and rows["pt"]["health"]["ok"]
+    assert rows["pt"]["kind"] == "pt" and len(rows["pt"]["sha256"]) == 64 and rows["pt"]["usable"]
+    assert not rows["broken"]["usable"] and "DoRA" in rows["broken"]["error"]
+    assert main(["adapters", "adapters/sft", str(filled.adapters / "broken")]) == 0
+    printed = capsys.readouterr().out
+    assert "all linear" in printed and "not usable" in printed and "DoRA" in printed
+    assert main(["adapters", "adapters/none"]) == 2
+    assert main(["adapters", str(broken / "adapter_config.json")]) == 2
+
+
+def test_terminal_escapes_in_foreign_files_are_not_printed(
+    filled: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((filled.adapters / "pt" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "\x1b[31mred\x1b]0;title\x07"
+    (filled.adapters / "pt" / "adapter_config.json").write_text(json.dumps(config))
+    config["peft_type"] = "\x1b[2J"
+    (filled.adapters / "sft" / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["adapters"]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\x07" not in printed
+
+
+def test_merging_imports_no_model_library() -> None:
+    code = """
+        import sys
+        import engine.merge.execute, engine.merge.forecast, engine.merge.job, engine.weights.discover
+        import tui.commands.adapters, tui.commands.merge, tui.commands.plan
+        bad = {"torch", "transformers", "peft", "llama_cpp", "accelerate"} & sys.modules.keys()
+        sys.exit(str(bad) if bad else 0)
+    """
+    import textwrap
+
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
