@@ -46,7 +46,7 @@ OURS = """
     recipe = {"base": sys.argv[1], "adapters": {
         "pt": {"path": sys.argv[2], "weight": 0.3}, "sft": {"path": sys.argv[3], "weight": 0.7}},
         "output": {"path": sys.argv[4]}}
-    sys.exit(run_merge({"recipe": recipe, "verify": VERIFY}, EventWriter())["exit_code"])
+    assert run_merge({"recipe": recipe, "verify": VERIFY}, EventWriter())["exit_code"] == 0
 """
 PEFT = """
     import os, sys, torch
@@ -60,7 +60,12 @@ PEFT = """
     model.merge_and_unload().save_pretrained(sys.argv[4])
     os.sync()
 """
-COPY = "import shutil, sys, os, subprocess; subprocess.run(['cp', '-r', sys.argv[1], sys.argv[4]], check=True); os.sync()"
+COPY = """
+    import os, subprocess, sys
+    subprocess.run(["cp", "-r", sys.argv[1], sys.argv[4]], check=True)
+    os.sync()
+"""
+PEAK = "\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # kB, of this very process
 
 
 @dataclass(frozen=True)
@@ -138,21 +143,20 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], seed: int) ->
 
 
 def timed(name: str, code: str, arguments: Sequence[str], out: Path) -> Row:
-    """Run code in a new interpreter; wall seconds and peak resident memory (its own, /usr/bin/time like)."""
+    """Run code in a new interpreter; wall seconds from start to end and its peak resident memory."""
     os.sync()
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments, str(out)],
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code) + PEAK, *arguments, str(out)],
         cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
+        text=True,
     )
-    _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{name} failed:\n{process.stderr.read().decode() if process.stderr else ''}")
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr}")
     shutil.rmtree(out)
-    return Row(name, seconds, usage.ru_maxrss / 1024)
+    return Row(name, seconds, int(done.stdout.split()[-1]) / 1024)
 
 
 def best(name: str, code: str, arguments: Sequence[str], out: Path, repeats: int) -> Row:

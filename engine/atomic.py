@@ -17,6 +17,7 @@ from typing import Any
 from engine.errors import BadInputError, NoSpaceError, TargetExistsError
 
 PARTIAL = ".partial"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota, file size limit
 
 
 def fsync_path(path: Path) -> None:
@@ -47,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_SPACE:
             raise NoSpaceError(f"no space left while writing {path}", "free some disk space") from error
         raise
 
@@ -104,7 +105,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             fsync_path(target.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_SPACE:
             raise NoSpaceError(
                 f"the disk filled up while writing {target}; nothing was kept",
                 "free some space and run it again",

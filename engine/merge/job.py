@@ -1,7 +1,7 @@
 """What background jobs call: merge, plan, verify, interference. Parameters and results are JSON.
 
-Imports numpy only inside the functions, after the BLAS threads were set: the workers here are our own threads,
-and OpenBLAS's, one team per product, would fight them (measured: 60 times slower on a busy machine).
+Each loads numpy with one BLAS thread first: the workers here are our own threads, and OpenBLAS's, one team
+per product, would fight them (measured: 60 times slower on a busy machine).
 """
 
 from __future__ import annotations
@@ -12,12 +12,29 @@ from typing import Any
 
 from engine.jobs.events import EventWriter
 
-for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-    os.environ.setdefault(_name, "1")
+_BLAS_SETTINGS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def load_numpy_single_threaded() -> None:
+    """Import numpy so that its BLAS starts no threads; no effect where numpy is loaded already.
+
+    BLAS reads these settings once, when it is loaded; they are put back for processes started from here.
+    """
+    before = {name: os.environ.get(name) for name in _BLAS_SETTINGS}
+    os.environ.update(dict.fromkeys(_BLAS_SETTINGS, "1"))
+    try:
+        import numpy  # noqa: F401
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def run_merge(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """params: recipe (a recipe document with absolute paths), verify (bool, default True), threads (optional)."""
+    load_numpy_single_threaded()
     from engine.merge.execute import merge
     from engine.merge.recipe import parse
 
@@ -27,6 +44,7 @@ def run_merge(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 
 def run_plan(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """params: recipe. Returns the plan with its cost and the predicted rounding loss; writes nothing."""
+    load_numpy_single_threaded()
     from engine.merge.forecast import forecast
     from engine.merge.plan import make_plan, refuse_broken_adapters
     from engine.merge.recipe import parse
@@ -41,6 +59,7 @@ def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 
     With `manifest` only the hashes of an earlier merge are checked, and nothing else is needed.
     """
+    load_numpy_single_threaded()
     if params.get("manifest"):
         from engine.merge.manifest import check_manifest
 
@@ -59,6 +78,7 @@ def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 
 def run_interference(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """params: adapters {label: path}, base (optional: then the adapters are checked against it first)."""
+    load_numpy_single_threaded()
     from engine.merge.interference import compare
 
     adapters = {label: Path(path) for label, path in params["adapters"].items()}

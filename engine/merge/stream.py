@@ -10,7 +10,6 @@ taken on the way, in order: what the manifest names is what was merged.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import threading
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from engine.atomic import NO_SPACE
 from engine.errors import BadAdapterError, BadModelError, BadTensorFileError, NoSpaceError
 from engine.jobs.events import EventWriter
 from engine.merge.plan import Part, Plan, ShardPlan, TensorPlan
@@ -36,7 +36,6 @@ from engine.merge.rounding import (
 from engine.weights.tensorfile import ITEM_SIZE, read_rows
 
 BLOCK_ELEMENTS = 1 << 18  # 256 Ki elements: 1 MiB of float32, stays in cache through all passes
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -311,7 +310,9 @@ def _look_closer(tensor: TensorPlan, data: memoryview, values: Float32) -> None:
     widen_into(data, tensor.source.dtype, before)
     finite = np.isfinite(before)
     if np.isnan(before).any() or (tensor.parts and not finite.all()):
-        raise _nan_in_base(tensor)  # infinity alone is let through where nothing is added: masks are made of it
+        raise _nan_in_base(
+            tensor
+        )  # infinity alone is let through where nothing is added: masks are made of it
     dtype = tensor.target.dtype
     # halfway to the next power of two beyond the largest value is where rounding reaches infinity
     limit = {"F16": 65520.0, "BF16": 3.3961775292304957e38, "F32": np.inf}[dtype]
