@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,7 +100,7 @@ def verify_merge(
         guess,
         tuple(models.deltas),
     )
-    return conclude(evidence, time.monotonic() - started)
+    return replace(conclude(evidence), seconds=time.monotonic() - started)
 
 
 def _check_labels(
@@ -161,7 +161,7 @@ def _measure(
     def one(name: str, pair: tuple[TensorInfo, TensorInfo]) -> TensorStats:
         deltas = models.deltas[name]
         own = [(per_tensor or {}).get(d.label, {}).get(name, weights.get(d.label, 0.0)) for d in deltas]
-        return measure(pair[0], pair[1], deltas, own)
+        return measure(pair[0], pair[1], deltas, own, judge=phase == "check")
 
     found = _each(pairs, one, events, threads, phase)
     return [found[name] for name in pairs]

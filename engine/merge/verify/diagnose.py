@@ -26,6 +26,7 @@ from engine.weights.checkpoint import Checkpoint
 TOLERANCE = 1e-3  # found may differ from expected by this much at most
 RELATIVE_TOLERANCE = 2e-4  # or by this share of the weight, where the fit is that sharp
 MATCH = 0.998  # share of sampled elements a true hypothesis explains (float32 ties are the rest)
+WORTH = 0.9  # share of a thin sample a hypothesis must explain in some tensor to be looked at closely
 SURE = 0.9999  # share of sampled elements that guessed weights must explain to be believed
 COLLINEAR = 1e-6  # 1 - |cosine| under which two deltas cannot be told apart at all
 NEARLY = 1e-2  # and under which the fit's error decides
@@ -61,7 +62,7 @@ class Evidence:
     touched: tuple[str, ...]
 
 
-def conclude(evidence: Evidence, seconds: float) -> Verdict:
+def conclude(evidence: Evidence) -> Verdict:
     """The verdict on all evidence."""
     stats, labels = evidence.stats, evidence.labels
     whole = fits.fit(stats, labels)
@@ -107,7 +108,6 @@ def conclude(evidence: Evidence, seconds: float) -> Verdict:
         dtype=evidence.merged.dtype,
         warnings=tuple(evidence.structure.warnings),
         guessed=evidence.guess.weights if evidence.guess else None,
-        seconds=seconds,
     )
 
 
@@ -139,7 +139,8 @@ def _module(tensor: TensorStats) -> dict[str, Any]:
 
 
 def _distinct(findings: Sequence[Finding]) -> list[Finding]:
-    return list({(finding.code, finding.detail): finding for finding in findings}.values())
+    """One finding for each code and detail: the first."""
+    return list({(f.code, f.detail): f for f in reversed(findings)}.values())[::-1]
 
 
 def _changed(changed: dict[str, int]) -> list[Finding]:
@@ -217,8 +218,17 @@ def _replay(
     asked weights miss there.
     """
     counts = np.bincount(sample.owner, minlength=len(rest))
-    ways = list(weightings(sample))
-    matches = [np.bincount(sample.owner, sample.fits(way.weights), len(rest)) / counts for way in ways]
+    thin = sample.where(sample.thin)
+    thin_counts = np.maximum(np.bincount(thin.owner, minlength=len(rest)), 1)
+    ways, matches, scores = [], [], []
+    for way in weightings(sample):
+        hit = thin.fits(way.weights[:, sample.thin])
+        match = np.bincount(thin.owner, hit, len(rest)) / thin_counts
+        if way.finding is None or match.max() > WORTH:
+            match = np.bincount(sample.owner, sample.fits(way.weights), len(rest)) / counts
+        ways.append(way)
+        matches.append(match)
+        scores.append(float(hit.mean()))
     asked = matches[0]
     open_ = list(range(len(rest)))
     findings: list[Finding] = []
@@ -230,12 +240,10 @@ def _replay(
         findings += _weighting_findings(evidence, ways[best], [rest[n] for n in taken])
         open_ = [n for n in open_ if n not in taken]
     if open_ and sample.dtype != "F32":
-        likely = sorted(range(len(ways)), key=lambda i: -float(np.mean(matches[i][open_])))[:4]
-        part = sample.of(open_)
-        chosen = [list(weightings(sample))[i] for i in dict.fromkeys([0, *likely])]
-        found = _rounded(evidence, sample, part, chosen, asked, open_, rest)
-        findings += found[0]
-        open_ = found[1]
+        likely = sorted(range(len(ways)), key=lambda i: -scores[i])[:4]
+        chosen = [ways[i] for i in dict.fromkeys([0, *likely])]
+        early, open_ = _rounded(evidence, sample, chosen, asked, open_, rest)
+        findings += early
     return findings, [rest[n] for n in open_]
 
 
@@ -246,28 +254,27 @@ def _explained(match: Any, asked: Any, where: list[int]) -> Any:
 def _rounded(
     evidence: Evidence,
     sample: Sample,
-    part: Sample,
     ways: list[Weighting],
     asked: Any,
     open_: list[int],
     rest: list[TensorStats],
 ) -> tuple[list[Finding], list[int]]:
-    """The weighting and early rounding that explain most of the open tensors, if any does."""
+    """The weighting and early rounding that explain most of the open tensors, and what is still open."""
     keep = np.isin(sample.owner, open_)
-    counts = np.maximum(np.bincount(part.owner, minlength=len(rest)), 1)
-    best: tuple[float, Weighting, Rounding, Any] | None = None
+    part = sample.where(keep)
+    thin = part.where(part.thin)
+    scored: list[tuple[float, int, Weighting, Rounding]] = []
     for rounding in roundings(part):
         for way in ways:
-            hit = part.equals(rounding.replay(part, way.weights[:, keep]))
-            match = np.bincount(part.owner, hit, len(rest)) / counts
-            score = float(np.mean(hit))
-            if best is None or score > best[0] + 1e-6:
-                best = (score, way, rounding, match)
-    if best is None:
-        return [], open_
-    _, way, rounding, match = best
-    good = _explained(match, asked, open_)
-    taken = [n for n, yes in zip(open_, good, strict=True) if yes]
+            weights = way.weights[:, keep]
+            hit = thin.equals(rounding.replay(thin, weights[:, part.thin]))
+            scored.append((float(np.mean(hit)), -len(scored), way, rounding))
+    _, _, way, rounding = max(scored)  # the first of equals
+    hit = part.equals(rounding.replay(part, way.weights[:, keep]))
+    match = np.bincount(part.owner, hit, len(rest)) / np.maximum(
+        np.bincount(part.owner, minlength=len(rest)), 1
+    )
+    taken = [n for n, good in zip(open_, _explained(match, asked, open_), strict=True) if good]
     if not taken:
         return [], open_
     findings = [rounding.finding]
@@ -345,9 +352,10 @@ def _unexplained(evidence: Evidence, tensors: list[TensorStats], whole: Fit) -> 
                 f"unexplained, where rounding leaves {own.floor:.3f}",
             )
         )
+    everywhere = len(tensors) == len(evidence.stats)
     for i, label in enumerate(labels):
         gone = abs(own.found[i]) <= max(0.05 * abs(own.expected[i]), 4 * own.error[i])
-        if gone and abs(own.expected[i]) > 8 * own.error[i] and whole.norms[i] > 0:
+        if gone and everywhere and abs(own.expected[i]) > 8 * own.error[i] and whole.norms[i] > 0:
             findings.append(Finding("missing", label, f"{label} is not in the merge"))
     if not findings:
         found = ", ".join(f"{label} {w:.3f}" for label, w in zip(labels, own.found, strict=True))

@@ -84,7 +84,9 @@ class Factors:
     scaled_left: Float32Array
     row_bounds: Float64Array  # (rows, K): |a_k s_k| times the norm of each row of B_k
     column_norms: Float64Array  # (K, columns)
+    column_norms32: Float32Array
     slack: float  # c u
+    own_slack: float  # the same for our own sum: one product of R terms, one rounding of the scale, one sum
 
     @classmethod
     def load(cls, deltas: Sequence[Delta], weights: Float64Array) -> Factors:
@@ -103,7 +105,10 @@ class Factors:
         column_norms = np.stack([np.linalg.norm(pair[1].astype(np.float64), axis=0) for pair in pairs])
         scaled = (left.astype(np.float64) * coefficients).astype(np.float32)
         slack = (len(coefficients) + 2 * len(deltas) + 4) * UNIT
-        return cls(left, right, coefficients, scaled, row_bounds, column_norms, slack)
+        return cls(
+            left, right, coefficients, scaled, row_bounds, column_norms, column_norms.astype(np.float32),
+            slack, (len(coefficients) + 3) * UNIT,
+        )  # fmt: skip
 
     def exact(self, rows: Array, columns: Array) -> Float64Array:
         """sum_k a_k s_k B_k A_k at the given elements, float64."""
@@ -116,107 +121,179 @@ class Factors:
         return np.asarray(self.slack * (np.abs(base) + spread))
 
 
+class _Sums:
+    """What grows over the row blocks of one tensor: B^T E and B^T (I - E), with I the ideal rounding error."""
+
+    def __init__(self, factors: Factors) -> None:
+        ranks, columns = factors.right.shape
+        self.found = np.zeros((ranks, columns))
+        self.shift = np.zeros((ranks, columns))  # from blocks done densely
+        self.ideal = np.zeros((ranks, ranks))  # B^T (I - E) A^T from single elements
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of both models as float32 (flat), and E = merge - sum (rows, columns)."""
+
+    first: int
+    columns: int
+    base: Float32Array
+    merged: Float32Array
+    error: Float32Array
+
+
 def measure(
-    base: TensorInfo, merged: TensorInfo, deltas: Sequence[Delta], weights: Sequence[float]
+    base: TensorInfo,
+    merged: TensorInfo,
+    deltas: Sequence[Delta],
+    weights: Sequence[float],
+    judge: bool = True,
 ) -> TensorStats:
     """Compare a touched tensor with what the weights ask for, block by block.
 
     Args:
         base, merged: the tensor in both models, same shape, dtypes BF16, F16 or F32.
         deltas: what changes it, one per adapter.
-        weights: the weight of each delta (zeros to fit without judging).
+        weights: the weight of each delta.
+        judge: whether to judge elements; without it only the sums of the merge itself are taken.
     """
     asked = np.asarray(weights, dtype=np.float64)
     factors = Factors.load(deltas, asked)
-    stats = TensorStats(base.name, tuple(deltas), asked, merged.dtype)
+    stats = TensorStats(base.name, tuple(deltas), asked, merged.dtype, elements=base.elements)
     left64, right64 = factors.left.astype(np.float64), factors.right.astype(np.float64)
     stats.left_gram, stats.right_gram = left64.T @ left64, right64 @ right64.T
-    ranks, columns = factors.right.shape
-    found, ideal = np.zeros((ranks, columns)), np.zeros((ranks, ranks))
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    sums = _Sums(factors)
+    step = max(1, BLOCK_ELEMENTS // max(1, base.columns))
     for first in range(0, base.rows, step):
-        count = min(step, base.rows - first)
-        _block(base, merged, factors, stats, first, count, found, ideal)
-    stats.found = found @ right64.T
-    stats.ideal = stats.found + ideal
-    stats.elements = base.elements
+        _measure_block(base, merged, factors, stats, sums, first, min(step, base.rows - first), judge)
+    stats.found = sums.found @ right64.T
+    stats.ideal = stats.found + sums.shift @ right64.T + sums.ideal
     return stats
 
 
-def _block(
+def _measure_block(
     base: TensorInfo,
     merged: TensorInfo,
     factors: Factors,
     stats: TensorStats,
+    sums: _Sums,
     first: int,
     count: int,
-    found: Float64Array,
-    ideal: Float64Array,
+    judge: bool,
 ) -> None:
-    """Add one block of rows to `stats`, to `found` (B^T E, R x columns) and `ideal` (B^T (I - y) A^T)."""
+    """Add one block of rows to `stats` and `sums`."""
     columns = base.columns
     base_raw, merged_raw = _raw(base, first, count), _raw(merged, first, count)
     base32, merged32 = widen_bits(base_raw, base.dtype), widen_bits(merged_raw, merged.dtype)
     left = factors.left[first : first + count]
     total = factors.scaled_left[first : first + count] @ factors.right
     total += base32.reshape(count, columns)
-    expected = fast_bits(total, merged.dtype).reshape(-1)
-    different = np.flatnonzero(expected != merged_raw)
-    if base.dtype == merged.dtype:
-        same = int(np.count_nonzero(base_raw == merged_raw))
-        stats.ideal_unchanged += same if not different.size else int(np.count_nonzero(expected == base_raw))
-    else:
-        plain = fast_bits(base32, merged.dtype)
-        same = int(np.count_nonzero(plain == merged_raw))
-        stats.ideal_unchanged += int(np.count_nonzero(plain == expected))
+    expected = fast_bits(total.copy() if merged.dtype == "F32" else total, merged.dtype).reshape(-1)
+    equal = expected == merged_raw
+    differing = equal.size - int(np.count_nonzero(equal))
+    kept = base_raw if base.dtype == merged.dtype else fast_bits(base32.copy(), merged.dtype)
+    same = int(np.count_nonzero(kept == merged_raw))
     stats.unchanged += same
+    stats.ideal_unchanged += int(np.count_nonzero(kept == expected)) if differing else same
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.subtract(merged32.reshape(count, columns), total, out=total)
         flat = error.reshape(-1)
         square = float(np.dot(flat, flat))
-    if not np.isfinite(square):
+    finite = bool(np.isfinite(square))
+    if not finite:
         _not_finite(stats, error)
-        square = float(np.dot(flat.astype(np.float64), flat.astype(np.float64)))
-    found += left.T @ error
+        square = float(np.sum(np.square(flat, dtype=np.float64)))
+    sums.found += left.T @ error
     stats.found_square += square
     stats.ideal_square += square
-    for start in range(0, different.size, _GATHER):
-        _resolve(stats, factors, merged.dtype, first, columns, different[start : start + _GATHER],
-                 base32, merged32, ideal)  # fmt: skip
+    if not judge or not differing:
+        return
+    block = _Block(first, columns, base32, merged32, error)
+    if finite and differing > _DENSE_SHARE * equal.size:
+        doubtful = _judge_block(stats, factors, sums, block, widen_bits(expected, merged.dtype), ~equal)
+        for start in range(0, doubtful.size, _GATHER):
+            _judge_elements(stats, factors, None, block, doubtful[start : start + _GATHER])
+        return
+    where = np.flatnonzero(~equal)
+    for start in range(0, where.size, _GATHER):
+        _judge_elements(stats, factors, sums, block, where[start : start + _GATHER])
 
 
-def _resolve(
+def _judge_block(
     stats: TensorStats,
     factors: Factors,
-    dtype: str,
-    first: int,
-    columns: int,
-    where: Array,
-    base32: Float32Array,
-    merged32: Float32Array,
-    ideal: Float64Array,
+    sums: _Sums,
+    block: _Block,
+    rounded: Float32Array,
+    different: Array,
+) -> Array:
+    """Judge a block with many unequal elements in float32; returns the flat positions it cannot decide.
+
+    With e' <= e the bound of our own sum v' and h(y) half a step at y: an element is surely right when
+    |y - v'| + e' <= e, and surely wrong when |y - v'| > e' + e + h(y). Float32 rounding of these tests is
+    covered by a margin of 2^-18.
+    """
+    rows = len(block.error)
+    size = factors.row_bounds[block.first : block.first + rows].astype(np.float32) @ factors.column_norms32
+    size += np.abs(block.base).reshape(rows, block.columns)
+    size = size.reshape(-1)
+    off = np.abs(block.error).reshape(-1)
+    margin = 1 - 2.0**-18
+    sure = different & (off > (half_step(block.merged, stats.dtype) + size * (2 * factors.slack)) / margin)
+    stats.wrong += int(np.count_nonzero(sure))
+    if stats.first_wrong is None and sure.any():
+        _note_first(stats, factors, block, int(np.argmax(sure)))
+    fine = off <= size * ((factors.slack - factors.own_slack) * margin)
+    change = rounded - block.merged
+    sums.shift += factors.left[block.first : block.first + rows].T @ change.reshape(rows, block.columns)
+    ideal = block.error.reshape(-1) + change
+    stats.ideal_square += float(np.dot(ideal, ideal)) - float(np.dot(off, off))
+    return np.flatnonzero(different & ~sure & ~fine)
+
+
+def half_step(values: Float32Array, dtype: str) -> Float32Array:
+    """Half the distance between neighbours of `dtype` at each value: 2^(e - digits - 1), e its exponent."""
+    form = FORMATS[dtype]
+    power = (values.view(np.uint32) & 0x7F800000).view(np.float32)  # 2^(e-1) of every normal float32
+    half = power * np.float32(2.0**-form.digits)
+    return np.maximum(half, np.float32(max(2.0 ** (form.least - 1), 2.0**-149)), out=half)
+
+
+def _note_first(stats: TensorStats, factors: Factors, block: _Block, position: int) -> None:
+    """Remember the first wrong element of the tensor with the interval it should lie in."""
+    row, column = position // block.columns + block.first, position % block.columns
+    rows, columns = np.array([row]), np.array([column])
+    base = block.base[position : position + 1].astype(np.float64)
+    value, bound = base + factors.exact(rows, columns), factors.bound(base, rows, columns)
+    low, high = round_to(value - bound, stats.dtype), round_to(value + bound, stats.dtype)
+    stats.first_wrong = (row, column, float(block.merged[position]), float(low[0]), float(high[0]))
+
+
+def _judge_elements(
+    stats: TensorStats, factors: Factors, sums: _Sums | None, block: _Block, where: Array
 ) -> None:
-    """Judge the elements at flat positions `where` of a block by the interval, in float64."""
-    rows, cols = where // columns + first, where % columns
-    base64, merged64 = base32[where].astype(np.float64), merged32[where].astype(np.float64)
-    value = base64 + factors.exact(rows, cols)
-    bound = factors.bound(base64, rows, cols)
-    low, high = round_to(value - bound, dtype), round_to(value + bound, dtype)
-    wrong = ~((low <= merged64) & (merged64 <= high) & np.isfinite(merged64))
+    """Judge the elements at flat positions `where` by the interval itself, in float64.
+
+    With `sums` also moves the ideal sums from the merge's element to the ideally rounded one.
+    """
+    rows, cols = where // block.columns + block.first, where % block.columns
+    base, merged = block.base[where].astype(np.float64), block.merged[where].astype(np.float64)
+    value = base + factors.exact(rows, cols)
+    bound = factors.bound(base, rows, cols)
+    low, high = round_to(value - bound, stats.dtype), round_to(value + bound, stats.dtype)
+    wrong = ~((low <= merged) & (merged <= high) & np.isfinite(merged))
     stats.wrong += int(np.count_nonzero(wrong))
     if stats.first_wrong is None and wrong.any():
-        i = int(np.argmax(wrong))
-        stats.first_wrong = (
-            int(rows[i]), int(cols[i]), float(merged64[i]), float(low[i]), float(high[i]),
-        )  # fmt: skip
-    finite = np.isfinite(merged64)
-    right = round_to(value, dtype)
-    change = np.where(finite, right - merged64, 0.0)
+        _note_first(stats, factors, block, int(where[np.argmax(wrong)]))
+    if sums is None:
+        return
+    finite = np.isfinite(merged)
+    right = round_to(value, stats.dtype)
+    change = np.where(finite, right - merged, 0.0)
     picked = factors.left[rows].astype(np.float64) * change[:, None]
-    ideal += picked.T @ factors.right[:, cols].astype(np.float64).T
-    stats.ideal_square += float(
-        np.sum(np.where(finite, (right - value) ** 2 - (merged64 - value) ** 2, (right - value) ** 2))
-    )
+    sums.ideal += picked.T @ factors.right[:, cols].astype(np.float64).T
+    before = np.where(finite, (merged - value) ** 2, 0.0)
+    stats.ideal_square += float(np.sum((right - value) ** 2 - before))
 
 
 def _not_finite(stats: TensorStats, error: Float32Array) -> None:

@@ -34,11 +34,12 @@ def weightings(sample: Sample) -> Iterator[Weighting]:
     """The asked weights first, then every mistake worth trying, most telling first."""
     asked = sample.asked
     yield Weighting(None, asked)
-    seen = [asked]
+    seen = {asked[:, sample.thin].tobytes()}
     for finding, weights in _mistakes(sample):
-        if any(np.array_equal(weights, old) for old in seen):
+        key = weights[:, sample.thin].tobytes()
+        if key in seen:
             continue
-        seen.append(weights)
+        seen.add(key)
         differs = np.any(weights != asked, axis=1)
         labels = frozenset(label for label, d in zip(sample.labels, differs, strict=True) if d)
         yield Weighting(finding, weights, labels)

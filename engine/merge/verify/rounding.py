@@ -1,7 +1,7 @@
-"""Correct rounding to the dtypes weights are stored in, from the definition: no bit tricks on the slow path.
+"""Correct rounding to the dtypes weights are stored in.
 
-`round_to` is the reference (any float64, one rounding, half to even). `fast_bits` is the quick path for
-float32 values; tests hold it against `round_to`.
+`round_to` follows the definition (any float64, one rounding, half to even). `fast_bits` is the quick path for
+float32 values. Tests hold both against torch's rounding and exact fractions.
 """
 
 from __future__ import annotations
@@ -37,27 +37,33 @@ FORMATS = {
 def round_to(values: npt.ArrayLike, dtype: str) -> Float64Array:
     """Nearest number of `dtype` to each float64 value, ties to even, as float64; overflow is infinity.
 
-    With x in [2^(e-1), 2^e) the step is q = 2^max(e - digits, least), and the result is rint(x / q) * q:
+    With |x| in [2^e, 2^(e+1)) the step is q = 2^max(e + 1 - digits, least), and the result is rint(x / q) q:
     division and product by a power of two are exact in float64, and rint rounds half to even.
     """
-    form = FORMATS[dtype]
     x = np.asarray(values, dtype=np.float64)
-    _, exponent = np.frexp(x)
-    step = np.ldexp(1.0, np.maximum(exponent - form.digits, form.least))
+    step = _steps(x, FORMATS[dtype])
     with np.errstate(invalid="ignore", over="ignore"):
-        rounded = np.rint(x / step) * step
-    finite = np.isfinite(x)
-    rounded = np.where(finite, rounded, x)
-    return np.where(finite & (np.abs(rounded) > form.largest), np.copysign(np.inf, x), rounded)
+        rounded = x / step
+        np.rint(rounded, out=rounded)
+        rounded *= step
+    beyond = np.abs(rounded) > FORMATS[dtype].largest
+    if beyond.any():
+        rounded[beyond] = np.copysign(np.inf, rounded[beyond])
+    return rounded
 
 
 def truncate_to(values: npt.ArrayLike, dtype: str) -> Float64Array:
     """The number of `dtype` next to each float64 value towards zero (what dropping bits does)."""
-    form = FORMATS[dtype]
     x = np.asarray(values, dtype=np.float64)
-    _, exponent = np.frexp(x)
-    step = np.ldexp(1.0, np.maximum(exponent - form.digits, form.least))
+    step = _steps(x, FORMATS[dtype])
     return np.asarray(np.trunc(x / step) * step)
+
+
+def _steps(x: Float64Array, form: Format) -> Float64Array:
+    """The distance between neighbours of the format at each value (1 where the value is NaN or infinite)."""
+    power = (x.view(np.uint64) & np.uint64(0x7FF0000000000000)).view(np.float64)  # 2^e, exponent bits alone
+    step = np.maximum(power * 2.0 ** (1 - form.digits), 2.0**form.least)
+    return np.where(np.isfinite(step), step, 1.0)
 
 
 def fast_bits(values: Float32Array, dtype: str) -> Array:

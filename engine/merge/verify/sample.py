@@ -12,7 +12,8 @@ from engine.merge.verify.rounding import FORMATS, Array, Float64Array, round_to
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.tensorfile import ITEM_SIZE, TensorInfo, read_bytes
 
-BUDGET = 240_000  # elements
+BUDGET = 120_000  # elements
+THIN = 6_000
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,17 @@ class Sample:
         gram = self.deltas @ self.deltas.T
         return np.asarray(np.linalg.pinv(gram, rcond=1e-11) @ (self.deltas @ (merged - self.base)))
 
-    def of(self, tensors: Sequence[int]) -> Sample:
-        """The elements of some tensors only."""
-        keep = np.isin(self.owner, np.asarray(tensors, dtype=np.int64))
+    def where(self, keep: Array | slice) -> Sample:
+        """Some of the elements only, by mask or slice."""
         return Sample(
             self.labels, self.names, self.dtype, self.base[keep], self.merged[keep], self.deltas[:, keep],
             self.coarse[:, keep], self.asked[:, keep], self.bound[keep], self.owner[keep],
         )  # fmt: skip
+
+    @property
+    def thin(self) -> slice:
+        """Every n-th element, some THIN in all: enough to see which hypotheses are worth the whole sample."""
+        return slice(None, None, max(1, self.base.size // THIN))
 
 
 def draw(
