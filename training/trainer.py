@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from engine.errors import MedmergeError
 from engine.jobs.events import EventWriter
@@ -67,6 +67,7 @@ class LoraTrainer(Trainer):
 
     def __init__(self, *, pad: int, **kwargs: Any) -> None:
         super().__init__(data_collator=lambda blocks: collate(blocks, pad), **kwargs)
+        self.remove_callback(PrinterCallback)  # the events say it already
         self.model_accepts_loss_kwargs = True  # the step's token count comes in, the loss is divided by it
         self.tokens = 0
         self.trained_tokens = 0
@@ -172,6 +173,8 @@ class Reporter(TrainerCallback):
         loss, count = held_out_loss(
             trainer.model, self.held_out, self.pad, trainer.args.per_device_eval_batch_size
         )
-        trainer.log({"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50.0)), "eval_tokens": count})
-        self.events.metric(state.global_step, eval_loss=loss, eval_perplexity=math.exp(min(loss, 50.0)))
+        # Straight into the history: Trainer.log here would cancel the log of this step's training loss.
+        perplexity = math.exp(min(loss, 50.0))
+        state.log_history.append({"step": state.global_step, "eval_loss": loss, "eval_tokens": count})
+        self.events.metric(state.global_step, eval_loss=loss, eval_perplexity=perplexity)
         self._mark = (self._mark[0] + time.monotonic() - started, self._mark[1])

@@ -20,6 +20,11 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.fixture(name="write_jsonl")
+def write_jsonl_fixture() -> Callable[[Path, list[dict[str, Any]]], Path]:
+    return write_jsonl
+
+
 @pytest.fixture
 def sft_file(tmp_path: Path) -> Path:
     """12 question/answer rows of different lengths."""

@@ -1,0 +1,167 @@
+"""Real runs on the tiny model: loss falls, resume equals uninterrupted, what is saved is whole and readable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.errors import (
+    BadDataError,
+    BadInputError,
+    BadModelError,
+    BadRecipeError,
+    CancelledError,
+    MedmergeError,
+    TargetExistsError,
+)
+from engine.jobs.events import EventWriter
+from engine.weights import Adapter
+from training import job
+from training.config import TrainConfig
+from training.run import train
+
+Settings = Callable[..., TrainConfig]
+
+
+class StopAtStep(EventWriter):
+    """Cancels the run when the given step is reported, as SIGTERM would."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(None)
+        self.step = step
+
+    def metric(self, step: float, **values: Any) -> None:
+        super().metric(step, **values)
+        if step == self.step and "loss" in values:
+            raise CancelledError("cancelled")
+
+
+def losses(manifest: dict[str, Any], key: str = "loss") -> list[float]:
+    return [point[key] for point in manifest["curve"] if key in point]
+
+
+def test_sft_run_leaves_a_whole_adapter_with_its_manifest(
+    settings: Settings, sft_file: Path, tmp_path: Path
+) -> None:
+    events = EventWriter()
+    config = settings("sft", sft_file, epochs=3)
+    result = train(config, tmp_path / "run", events)
+    folder = Path(result["adapter"])
+    adapter = Adapter.open(folder)  # the reader of the engine, not PEFT
+    assert (adapter.kind, adapter.rank, adapter.dtype, adapter.template) == ("sft", 4, "BF16", "model")
+    assert len(adapter.factors) == 14 and adapter.health().ok
+    assert adapter.base_name == Path(config.base).name
+    manifest = json.loads((folder / "training.json").read_text())
+    assert manifest["format"] == "medmerge.training/1" and manifest["data"][0]["rows"] == 12
+    assert losses(manifest)[-1] < losses(manifest)[0] - 0.3
+    assert losses(manifest, "eval_loss")[-1] < losses(manifest, "eval_loss")[0]
+    tokens = manifest["tokens"]
+    assert tokens["processed"] == 3 * tokens["per_epoch_processed"] > tokens["trained"] > 0
+    metrics = [event.data for event in events.kept if event.type == "metric"]
+    assert {"loss", "lr", "grad_norm", "tok_s", "tokens"} <= set(metrics[1])
+    assert [m["step"] for m in metrics if "loss" in m] == list(range(1, result["steps"] + 1))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_pt_run_counts_its_tokens(settings: Settings, pt_file: Path, tmp_path: Path) -> None:
+    result = train(settings("pt", pt_file, held_out=0), tmp_path / "run", EventWriter())
+    tokens = result["tokens"]
+    assert tokens["processed"] == tokens["per_epoch_processed"] and tokens["trained"] == tokens["per_epoch_trained"]
+    # every document, and every piece of one that crosses a border, starts with a token without loss
+    assert 10 <= tokens["processed"] - tokens["trained"] <= 10 + tokens["processed"] // 64 + 1
+    assert result["eval_loss"] is None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_resumed_equals_uninterrupted(
+    settings: Settings, sft_file: Path, tmp_path: Path, dropout: float
+) -> None:
+    changes = {"dropout": dropout, "epochs": 2, "held_out": 2, "accumulation": 1}
+    whole = settings("sft", sft_file, output=str(tmp_path / "a" / "whole"), **changes)
+    train(whole, tmp_path / "run-whole", EventWriter())
+    broken = settings("sft", sft_file, output=str(tmp_path / "a" / "resumed"), **changes)
+    run = tmp_path / "run-broken"
+    with pytest.raises(CancelledError):
+        train(broken, run, StopAtStep(3))
+    assert not Path(broken.output).exists()
+    job.run({"run": str(run), "resume": True}, EventWriter())
+    left, right = (load_file(Path(c.output) / "adapter_model.safetensors") for c in (whole, broken))
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    first, second = (json.loads((Path(c.output) / "training.json").read_text()) for c in (whole, broken))
+    assert first["curve"] == second["curve"] and first["tokens"] == second["tokens"]
+
+
+def test_resume_refuses_changed_data_and_runs_without_checkpoint(
+    settings: Settings, sft_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = settings("sft", sft_file, accumulation=1)
+    with pytest.raises(CancelledError):
+        train(config, run, StopAtStep(1))
+    with pytest.raises(BadInputError, match="no checkpoint"):
+        job.run({"run": str(run), "resume": True}, EventWriter())
+    with pytest.raises(BadInputError, match="holds a run already"):
+        train(config, run, EventWriter())
+    sft_file.write_text(sft_file.read_text().replace("aspirin", "ibuprofen"))
+    with pytest.raises(BadInputError, match="data is not what it was"):
+        job.run({"run": str(run), "resume": True}, EventWriter())
+    with pytest.raises(BadInputError, match="not a training run"):
+        job.run({"run": str(tmp_path), "resume": True}, EventWriter())
+
+
+def test_checkpointed_activations_give_the_same_run(
+    settings: Settings, sft_file: Path, tmp_path: Path
+) -> None:
+    curves = []
+    for wanted in (False, True):
+        config = settings(
+            "sft", sft_file, gradient_checkpointing=wanted, max_steps=3, output=str(tmp_path / f"out-{wanted}")
+        )
+        train(config, tmp_path / f"run-{wanted}", EventWriter())
+        curves.append(losses(json.loads((tmp_path / f"out-{wanted}" / "training.json").read_text())))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4) and curves[0][0] != curves[0][2]
+
+
+def test_nan_loss_stops_the_run_and_leaves_no_adapter(
+    settings: Settings, sft_file: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
+    base = tmp_path / "nan-base"
+    shutil.copytree(tiny_llama, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = settings("sft", sft_file, base=str(base), held_out=0)
+    with pytest.raises(MedmergeError, match="loss is nan at step 1"):
+        train(config, tmp_path / "run", EventWriter())
+    assert not Path(config.output).exists()
+
+
+def test_leaking_data_is_not_trained_on(
+    settings: Settings, sft_file: Path, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    tests = write_jsonl(
+        tmp_path / "test.jsonl", [{"id": "t", "prompt": "4 WHAT is the dose of aspirin, for an adult", "reference": "?"}]
+    )
+    with pytest.raises(BadDataError, match=r"sft\.jsonl row 4 repeats .*test\.jsonl row 0 \(exact\)"):
+        train(settings("sft", sft_file, tests=[str(tests)]), tmp_path / "run", EventWriter())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_trained_is_refused_by_name(settings: Settings, sft_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadRecipeError, match="<|eot_id|>"):
+        train(settings("sft", sft_file, template="llama3"), tmp_path / "r1", EventWriter())
+    with pytest.raises(BadRecipeError, match="qkv_proj"):
+        train(settings("sft", sft_file, targets=["qkv_proj"]), tmp_path / "r2", EventWriter())
+    with pytest.raises(BadModelError, match=r"no config\.json"):
+        train(settings("sft", sft_file, base=str(tmp_path)), tmp_path / "r3", EventWriter())
+    config = settings("sft", sft_file)
+    Path(config.output).mkdir(parents=True)
+    with pytest.raises(TargetExistsError):
+        train(config, tmp_path / "r4", EventWriter())
