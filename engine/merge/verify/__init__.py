@@ -10,7 +10,10 @@ orientation, sums and rounding are written again here, plainly, so that a bug in
     fit        weights, residuals and identifiability from those measurements
     files      tensors, shards, config, tokenizer and chat template; hashes of an earlier merge's manifest
     replay     what known mistakes of merging tools would have written, bit by bit, on sampled rows
-    diagnose   measurements -> findings, in words
+    diagnose   wrong elements -> findings, in words
+    conclude   everything measured -> the verdict
+    guess      which weights to judge by when nobody says
+    sample     the rows those are tried on
     verdict    Finding and Verdict
 """
 

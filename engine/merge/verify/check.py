@@ -17,8 +17,9 @@ from typing import TypeVar
 
 from engine.errors import BadRecipeError
 from engine.jobs.events import EventWriter
+from engine.merge.verify.conclude import conclude
 from engine.merge.verify.deltas import Delta, check_fit, read_deltas
-from engine.merge.verify.diagnose import Evidence, conclude
+from engine.merge.verify.diagnose import Evidence
 from engine.merge.verify.files import Structure, check_folder, compare_tensors
 from engine.merge.verify.guess import Guess, guess_weights
 from engine.merge.verify.measure import TensorStats, measure, same_bytes
