@@ -125,4 +125,4 @@ def live_source(result: Mapping[str, Any]) -> Source | None:
     if not isinstance(base, str) or not isinstance(adapters, dict):
         return None
     kind = Path(base).stem.rsplit("-", 1)[-1]  # .../NAME-HASH-TYPE.gguf
-    return Source(base, f"live on {kind}", tuple((str(label), str(path)) for label, path in adapters.items()))
+    return Source(base, f"live {kind}", tuple((str(label), str(path)) for label, path in adapters.items()))

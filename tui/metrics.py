@@ -181,14 +181,14 @@ def curves_of(rows: Sequence[MetricRow]) -> dict[str, tuple[str, tuple[Series, .
         floor = tuple((point.x, point.floor) for point in points if point.floor is not None)
         value = tuple((point.x, point.value) for point in points)
         curves["overlap"] = (
-            f"{plain(tasks['bleu'])}: overlap with the reference",
-            (Series("BLEU", value, "sft", marker="●"), Series("floor: unrelated answers", floor, "faint")),
+            f"BLEU on {plain(tasks['bleu'])}",
+            (Series("BLEU", value, "sft", marker="●"), Series("floor (unrelated answers)", floor, "faint")),
         )
     if "perplexity" in tasks:
         points = sweep_curve(rows, "pt", "perplexity", tasks["perplexity"])
         value = tuple((point.x, point.value) for point in points)
         curves["perplexity"] = (
-            f"{plain(tasks['perplexity'])}: surprise at medical text",
-            (Series("perplexity (lower is better)", value, "pt", marker="●"),),
+            f"perplexity on {plain(tasks['perplexity'])}",
+            (Series("lower is better", value, "pt", marker="●"),),
         )
     return curves

@@ -45,7 +45,7 @@ def job_line(job: JobRow, width: int) -> Content:
     mark, style = STATE_MARKS.get(job.state, ("?", "$faint"))
     if job.state == "done" and job.exit_code:
         mark, style = ("✗", "$error") if job.exit_code == 1 else ("?", "$warning")
-    name_width = max(16, min(44, width - 40))
+    name_width = max(16, min(44, width - (40 if job.final else 66 if width >= 90 else 50)))
     line = Content.assemble((mark, f"bold {style}"), " ", fit(job.title, name_width), " ")
     if job.final:
         took = duration(job.finished - job.started) if job.finished and job.started else ""

@@ -104,9 +104,10 @@ def metric(pt: float, name: str, value: float, task: str = "medquad_short", **mo
     )
 
 
+SWEEP = ((0.0, 25.1, 8.2, 11.5), (0.3, 14.4, 4.7, 8.6), (0.5, 10.3, 4.0, 7.1), (1.0, 1.0, 1.1, 6.0))
 TABLE = tuple(
     row
-    for pt, bleu, floor, ppl in ((0.0, 25.1, 8.2, 11.5), (0.3, 14.4, 4.7, 8.6), (0.5, 10.3, 4.0, 7.1), (1.0, 1.0, 1.1, 6.0))
+    for pt, bleu, floor, ppl in SWEEP
     for row in (
         metric(pt, "bleu", bleu, floor=floor, p=None if pt == 0 else 0.01, versus="" if pt == 0 else "SFT"),
         metric(pt, "perplexity", ppl, "medical_text"),

@@ -90,7 +90,8 @@ async def test_progress_then_verdict(app: MedmergeApp, backend: FakeBackend) -> 
             "ok": False, "verdict": "swapped", "message": "pt and sft are swapped: found 0.700 / 0.300",
             "findings": [{"code": "swapped", "detail": "", "message": "pt and sft are swapped"}],
             "asked": {"pt": 0.3, "sft": 0.7}, "expected_weights": {"pt": 0.298, "sft": 0.695},
-            "effective_weights": {"pt": 0.695, "sft": 0.298}, "residual": 0.057, "rounding_floor": 0.057, "exit_code": 1,
+            "effective_weights": {"pt": 0.695, "sft": 0.298}, "residual": 0.057, "rounding_floor": 0.057,
+            "exit_code": 1,
         }  # fmt: skip
         backend.finish("merge-7", exit_code=1, result={"verdict": said, "out": "/ws/merges/x.rejected"})
         await until(pilot, lambda: "swapped" in text_of(app, "#verdict"))

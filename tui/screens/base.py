@@ -69,6 +69,10 @@ class MedScreen(Screen[None]):
     def on_screen_resume(self) -> None:
         self.tell()
 
+    def on_resize(self) -> None:
+        """Lines are made for a width: make them again when it is known."""
+        self.call_after_refresh(self.tell)
+
     def tell(self) -> None:
         """Show what the app knows now."""
         if not self.is_mounted:

@@ -107,7 +107,7 @@ class ChatScreen(MedScreen):
             yield Choice("decoding", tuple((name, name) for name in DECODINGS), id="decoding")
             yield Static(Content("seed "), classes="label")
             yield Field("42", id="seed", digits=True)
-            yield Static(id="warning")
+        yield Static(id="warning")
         with Horizontal(id="ask"):
             yield Static(Content.styled("›", "bold $primary"), id="mark")
             yield Field(placeholder="ask both", id="prompt")
@@ -132,7 +132,6 @@ class ChatScreen(MedScreen):
     def show_workspace(self, overview: Overview) -> None:
         self._find_live()
         self._warn()
-        self._heads()
 
     def show_jobs(self, jobs: tuple[JobRow, ...], feeds: dict[str, JobFeed]) -> None:
         self._find_live()
@@ -194,7 +193,9 @@ class ChatScreen(MedScreen):
             row = overview.adapter(path) if overview else None
             if row and row.template and row.template != template:
                 words = f"! {label.upper()} was trained with template {row.template}"
-        self.query_one("#warning", Static).update(Content.styled(plain(words), "$warning"))
+        warning = self.query_one("#warning", Static)
+        warning.update(Content.styled(plain(words), "$warning"))
+        warning.display = bool(words)
 
     def _heads(self) -> None:
         for pane in PANES:
@@ -236,7 +237,7 @@ class ChatScreen(MedScreen):
         if answer.end:
             parts.append(answer.end)
         if seat.source and seat.source.live and not parts:
-            parts.append(f"preview: unrounded deltas on a {seat.source.name.removeprefix('live on ')} base")
+            parts.append(f"preview: unrounded deltas on a {seat.source.name.removeprefix('live ')} base")
         self.query_one(f"#{pane}-foot", Static).update(Content.styled(plain(" · ".join(parts)), "$faint"))
 
     def _draw_new(self) -> None:

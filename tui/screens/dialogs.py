@@ -22,7 +22,9 @@ class PickScreen(ModalScreen[str | None]):
 
     BINDINGS = [Binding("escape", "close", "close")]
 
-    def __init__(self, title: str, choices: Sequence[tuple[str, str | Content]], current: str = "") -> None:
+    def __init__(
+        self, title: str, choices: Sequence[tuple[str, str | Content]], current: str | None = None
+    ) -> None:
         super().__init__()
         self.heading = title
         self.choices = tuple(choices)

@@ -33,7 +33,7 @@ class EvaluateScreen(MedScreen):
     CSS_PATH = "evaluate.tcss"
     QUESTION = "Evaluate: which mixture, and how sure are we?"
     BINDINGS = [
-        Binding("enter", "samples", "samples"),
+        Binding("s", "samples", "samples", tooltip="or enter"),
         Binding("v", "view", "metrics/refusals"),
         Binding("o", "run", "run"),
         Binding("e", "sweep", "start a sweep"),
@@ -70,28 +70,32 @@ class EvaluateScreen(MedScreen):
         return [run for run in overview.runs if run.evaluation] if overview else []
 
     def show_workspace(self, overview: Overview) -> None:
-        runs = self._runs()
-        paths = [run.path for run in runs]
-        if not self._chosen or self._run not in paths:
-            best = max(runs, key=lambda run: (run.kind == "sweep", run.created), default=None)
-            newest = best.path if best else ""
-            if newest != self._run:
-                self._run, self._rows = newest, ()
+        self._pick_run()
         self._read()
 
     def show_jobs(self, jobs: tuple[JobRow, ...], feeds: dict[str, JobFeed]) -> None:
+        self._pick_run()
         live = self._live
-        if live:
-            out = str(live.params.get("out") or "")
-            if out and out != self._run and not self._chosen:
-                self._run, self._rows = out, ()
-            feed = feeds.get(live.id)
-            if out == self._run and feed is not None and len(feed.rows) != self._told:
-                self._told = len(feed.rows)
-                self._rows = rows_of(feed.rows)
-                self._draw()
+        feed = feeds.get(live.id) if live and live.params.get("out") == self._run else None
+        if feed is not None and len(feed.rows) != self._told:
+            self._told = len(feed.rows)
+            self._rows = rows_of(feed.rows)
+            self._draw()
         self._head()
         self.refresh_bindings()
+
+    def _pick_run(self) -> None:
+        """Show the run that is being measured, else the newest sweep, unless the person chose one."""
+        runs, live = self._runs(), self._live
+        if self._chosen and any(run.path == self._run for run in runs):
+            return
+        wanted = str(live.params.get("out") or "") if live else ""
+        if not wanted:
+            best = max(runs, key=lambda run: (run.kind == "sweep", run.created), default=None)
+            wanted = best.path if best else ""
+        if wanted != self._run:
+            self._run, self._rows, self._told = wanted, (), -1
+            self._draw()
 
     @property
     def _live(self) -> JobRow | None:

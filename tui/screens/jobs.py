@@ -35,7 +35,7 @@ class JobsScreen(MedScreen):
     CSS_PATH = "jobs.tcss"
     QUESTION = "Jobs: what is running, how far is it, and what did it say?"
     BINDINGS = [
-        Binding("enter", "open", "open its screen"),
+        Binding("o", "open", "open its screen", tooltip="or enter"),
         Binding("x", "cancel", "cancel"),
         Binding("l", "log", "whole log"),
     ]
@@ -83,9 +83,9 @@ class JobsScreen(MedScreen):
             )
         ]
         facts = []
-        if job.started:
+        if job.started and (job.finished or not job.final):
             end = job.finished or time.time()
-            facts.append(f"took {duration(end - job.started)}" if job.final else "running")
+            facts.append(f"{'took' if job.final else 'for'} {duration(end - job.started)}")
         if job.rate and not job.final:
             facts.append(f"{quantity(job.rate, job.unit)}/s")
         if job.eta_s is not None and not job.final:

@@ -7,7 +7,7 @@ from typing import Any
 
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.containers import Horizontal
+from textual.containers import Container, Horizontal
 from textual.content import Content
 from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
@@ -59,12 +59,14 @@ class MergeScreen(MedScreen):
             with Horizontal(classes="weight-row"):
                 yield WeightSlider(label, value, id=label)
                 yield Static(id=f"{label}-name", classes="adapter-name")
-        with Horizontal(id="settings"):
-            yield Choice("method", METHODS, id="method")
-            yield Choice("dtype", DTYPES, id="dtype")
-            yield Choice("then gguf", (("", "none"), *((t, t) for t in GGUF_TYPES)), id="then")
-            yield Static(Content("name "), classes="label")
-            yield Field(id="name")
+        with Container(id="settings"):
+            with Horizontal(id="choices"):
+                yield Choice("method", METHODS, id="method")
+                yield Choice("dtype", DTYPES, id="dtype")
+                yield Choice("then gguf", (("", "none"), *((t, t) for t in GGUF_TYPES)), id="then")
+            with Horizontal(id="naming"):
+                yield Static(Content("name "), classes="label")
+                yield Field(id="name")
         yield Static(id="plan")
         yield Static(id="verdict")
         yield Static(Content("Merges"), classes="heading")
@@ -199,13 +201,15 @@ class MergeScreen(MedScreen):
             if plan.seconds is not None:
                 cost += f"   about {plan.seconds:.0f} s"
             words = Content(cost) if plan.fits else Content.styled(cost + "   not enough room", "$error")
-            lines.append(fact("cost", "") + words)
+            lines.append(fact("cost", words, self.size.width - 4))
             lines.append(fact("changes", f"{plan.touched} tensors; {plan.copied} copied as they are"))
             lines += [
-                Content.assemble(fact("", ""), (f"! {plain(warning)}", "$warning"))
+                Content.assemble(
+                    fact("", Content.styled(f"! {plain(warning)}", "$warning"), self.size.width - 4)
+                )
                 for warning in plan.warnings[:2]
             ]
-        lines.append(fact("overlap", "") + self._overlap(mixture))
+        lines.append(fact("overlap", self._overlap(mixture)))
         return Content("\n").join(lines)
 
     def _overlap(self, mixture: Mixture) -> Content:

@@ -54,15 +54,23 @@ class TrainScreen(MedScreen):
         self._presets: dict[str, dict[str, Any]] = {}
         self._defaults: dict[str, Any] = {}
         self._curves: dict[str, AdapterDetail] = {}
+        self._tests_known = False
 
     def body(self) -> ComposeResult:
         with Horizontal(id="columns"):
             with VerticalScroll(id="form", can_focus=False):
-                yield Choice("kind", (("pt", "PT: plain text"), ("sft", "SFT: conversations")), id="kind")
-                yield Choice("preset", (("", "none"),), id="preset")
-                yield Choice("data", (), id="data")
-                yield Choice("tests", (("", "none"),), id="tests")
-                yield Choice("template", tuple((name, name) for name in TEMPLATES), id="template")
+                yield Choice(
+                    "kind",
+                    (("pt", "PT: plain text"), ("sft", "SFT: conversations")),
+                    id="kind",
+                    label_width=20,
+                )
+                yield Choice("preset", (("", "none"),), id="preset", label_width=20)
+                yield Choice("data", (), id="data", label_width=20)
+                yield Choice("tests", (("", "none"),), id="tests", label_width=20)
+                yield Choice(
+                    "template", tuple((name, name) for name in TEMPLATES), id="template", label_width=20
+                )
                 for key, words, _ in NUMBERS:
                     with Horizontal(classes="field"):
                         yield Static(Content(words), classes="label")
@@ -114,8 +122,10 @@ class TrainScreen(MedScreen):
         self.query_one("#data", Choice).set_options([(file.path, file.name) for file in training])
         tests = [(file.path, file.name) for file in files if "train" not in file.name]
         self.query_one("#tests", Choice).set_options(
-            [("*", f"all {len(tests)} others"), ("", "none"), *tests] if tests else [("", "none")]
+            [("*", f"all {len(tests)} others"), ("", "none"), *tests] if tests else [("", "none")],
+            value=None if self._tests_known else "*",
         )
+        self._tests_known = bool(tests)
         base = overview.model(self.med.selection.base)
         self.query_one("#base", Static).update(
             Content(f"base  {cut(base.name, 30)}") if base else Content("no base chosen: press 2, then b")

@@ -41,10 +41,17 @@ class Choice(Widget, can_focus=True):
             return self.choice
 
     def __init__(
-        self, label: str, options: Sequence[tuple[str, str]], value: str = "", *, id: str | None = None
+        self,
+        label: str,
+        options: Sequence[tuple[str, str]],
+        value: str = "",
+        *,
+        id: str | None = None,
+        label_width: int = 0,
     ) -> None:
         super().__init__(id=id)
         self.label = label
+        self.label_width = max(label_width, len(label) + 2)
         self.options = tuple(options)
         self.set_reactive(Choice.value, value or (options[0][0] if options else ""))
 
@@ -61,13 +68,15 @@ class Choice(Widget, can_focus=True):
         return next((words for value, words in self.options if value == self.value), self.value)
 
     def render(self) -> Content:
-        room = max(4, (self.size.width or 60) - len(self.label) - 4)
+        room = max(4, (self.size.width or 60) - self.label_width - 2)
         return Content.assemble(
-            (f"{self.label}  ", "$faint"), cut(self.words, room) if self.words else "none", (" ▾", "$faint")
+            (f"{self.label:<{self.label_width}}", "$faint"),
+            cut(self.words, room) if self.words else "none",
+            (" ▾", "$faint"),
         )
 
     def get_content_width(self, container: object, viewport: object) -> int:
-        return len(self.label) + Content(self.words or "none").cell_length + 4
+        return self.label_width + Content(self.words or "none").cell_length + 2
 
     def _choose(self, value: str | None) -> None:
         if value is not None and value != self.value:

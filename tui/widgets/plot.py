@@ -101,13 +101,14 @@ class PlotPanel(Vertical):
         if not drawn:
             return
         plot.clear()
-        for one in drawn:
+        for one in reversed(drawn):  # the first one named lies on top
             self._draw_series(plot, one)
         low, high = y_limits or _limits([y for one in drawn for _, y in one.points])
         plot.set_ylimits(low, high)
         xs = [x for one in drawn for x, _ in one.points]
         left, right = min(xs), max(xs)
-        plot.set_xlimits(left, right if right > left else left + 1)
+        margin = (right - left) * 0.03 or 0.5  # room for the marker of the first and the last point
+        plot.set_xlimits(left - margin, right + margin)
 
     def _draw_series(self, plot: PlotWidget, one: Series) -> None:
         points = [(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)]

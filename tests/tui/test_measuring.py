@@ -1,0 +1,217 @@
+"""Train and evaluate: curves, tables that fill, numbers with their intervals, starting runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from textual.widgets import DataTable
+
+from tests.tui.fake_backend import CHOSEN, FULL, PT, TABLE, FakeBackend, job, metric, show, text_of, until
+from tui import actions, metrics
+from tui.app import MedmergeApp
+from tui.screens.dialogs import TextScreen
+from tui.screens.train import TrainScreen
+from tui.snapshots import JobFeed
+from tui.widgets.choice import Choice
+from tui.widgets.field import Field
+from tui.widgets.plot import PlotPanel
+
+
+def table(app: MedmergeApp) -> list[list[str]]:
+    view = app.screen.query_one("#table", DataTable)
+    return [[str(cell) for cell in view.get_row_at(row)] for row in range(view.row_count)]
+
+
+async def test_the_sweep_is_the_first_thing_seen(app: MedmergeApp) -> None:
+    async with app.run_test(size=(120, 36)) as pilot:
+        await show(pilot, "evaluate")
+        await until(pilot, lambda: app.screen.query_one("#plots").display)
+        overlap = app.screen.query_one("#overlap", PlotPanel)._shown
+        text = app.screen.query_one("#perplexity", PlotPanel)._shown
+        assert overlap is not None and text is not None
+        assert overlap[0].points == ((0.0, 25.1), (0.3, 14.4), (0.5, 10.3), (1.0, 1.0))
+        assert overlap[1].points == ((0.0, 8.2), (0.3, 4.7), (0.5, 4.0), (1.0, 1.1))
+        assert [y for _, y in text[0].points] == [11.5, 8.6, 7.1, 6.0]
+
+
+async def test_table_has_intervals_floors_and_marks(app: MedmergeApp) -> None:
+    async with app.run_test(size=(160, 40)) as pilot:
+        await show(pilot, "evaluate")
+        await until(pilot, lambda: len(table(app)) == 4)
+        first, last = table(app)[0], table(app)[3]
+        assert first[0] == "SFT" and first[1] == "25.1 [24.1 26.1] (8.2)  "
+        assert last[0] == "PT" and last[1].endswith("!"), "BLEU 1.0 is under its floor 1.1"
+        assert first[3].endswith("!"), "an interval that holds chance is at chance"
+        assert "25.1" in text_of(app, "#words") and "n 48" in text_of(app, "#words")
+        await pilot.press("v")
+        await until(pilot, lambda: table(app)[0][1].strip() == "2/10")
+        await pilot.press("v")
+        await until(pilot, lambda: len(table(app)[0]) == 5)
+
+
+async def test_the_table_fills_while_the_job_runs(app: MedmergeApp, backend: FakeBackend) -> None:
+    backend.rows = ()
+    backend.view = replace(FULL, runs=())
+    backend.jobs = [job(1, "sweep", params={"out": "/ws/runs/new"}, done=1.0, total=20.0)]
+    async with app.run_test(size=(160, 40)) as pilot:
+        await show(pilot, "evaluate")
+        await until(pilot, lambda: "first rows come" in text_of(app, "#empty"))
+        told = [row.to_dict() for row in TABLE if row.metric == "bleu"]
+        backend.feeds = {"sweep-1": JobFeed(rows=tuple(told[:1]))}
+        await until(pilot, lambda: len(table(app)) == 1)
+        again = {**told[0], "value": 24.0}  # told anew when another seed was done
+        backend.feeds = {"sweep-1": JobFeed(rows=(told[0], again, told[1]))}
+        await until(pilot, lambda: len(table(app)) == 2)
+        assert table(app)[0][1].startswith("24.0")
+
+
+async def test_samples_behind_a_number(app: MedmergeApp) -> None:
+    async with app.run_test(size=(120, 36)) as pilot:
+        await show(pilot, "evaluate")
+        await until(pilot, lambda: len(table(app)) == 4)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, TextScreen))
+        assert "What is metformin?" in text_of(app, "#text") and "A drug." in text_of(app, "#text")
+
+
+async def test_a_sweep_is_chosen_and_started(app: MedmergeApp, backend: FakeBackend) -> None:
+    async with app.run_test(size=(120, 36)) as pilot:
+        await show(pilot, "evaluate")
+        await pilot.press("e", "enter")
+        await until(pilot, lambda: backend.started)
+        assert backend.started[0].title == "sweep demo-sweep"
+
+
+async def test_a_run_that_cannot_be_read_says_why(app: MedmergeApp, backend: FakeBackend) -> None:
+    backend.fail["table"] = "cells.json: its format is 'x'"
+    async with app.run_test(size=(120, 36)) as pilot:
+        await show(pilot, "evaluate")
+        await until(pilot, lambda: "cells.json" in text_of(app, "#empty"))
+
+
+def test_few_samples_are_shown_as_counts_and_tests_as_signs() -> None:
+    few = metric(0.3, "refusal_rate", 100.0, "safety/violence", n=5, low=47.8, high=100.0)
+    assert metrics.cell_text(few).strip() == "5/5"
+    alike = metric(0.3, "bleu", 14.0, floor=4.0, p=0.4, versus="SFT")
+    assert metrics.cell_text(alike).endswith("≈")
+    assert "not distinguishable from SFT (p = 0.4)" in metrics.cell_words(alike).plain
+    assert metrics.cell_text(None) == "·"
+    assert metrics.cell_text(replace(alike, value=None)) == "–"
+
+
+def test_one_mixture_makes_no_curve() -> None:
+    assert metrics.curves_of(TABLE[:4]) == {}
+    assert set(metrics.curves_of(TABLE)) == {"overlap", "perplexity"}
+
+
+def test_sweep_file_is_read_back_by_the_engine(tmp_path: Path) -> None:
+    from engine.evaluate.config import load_config
+    from tui.snapshots import DataFile
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("base", "pt", "sft"):
+        (tmp_path / name).mkdir()
+    files = []
+    for name in ("medquad_short", "safety", "medical_text", "notes"):
+        (data / f"{name}.jsonl").write_text("{}\n")
+        files.append(DataFile(str(data / f"{name}.jsonl"), f"{name}.jsonl", 3))
+    adapters = {"pt": str(tmp_path / "pt"), "sft": str(tmp_path / "sft")}
+    path = actions.write_sweep(tmp_path, str(tmp_path / "base"), adapters, tuple(files))
+    config = load_config(path, tmp_path)
+    assert [task.name for task in config.tasks] == ["medquad_short", "safety", "medical_text"]
+    assert config.weights[0] == {"pt": 0.0, "sft": 1.0} and config.weights[-1] == {"pt": 1.0, "sft": 0.0}
+
+
+# ---- train ---------------------------------------------------------------------------------------------------
+
+
+async def test_form_makes_a_config_the_training_code_accepts(
+    app: MedmergeApp, backend: FakeBackend, tmp_path: Path
+) -> None:
+    from training.config import from_mapping, read
+
+    backend.root = tmp_path
+    async with app.run_test(size=(120, 36)) as pilot:
+        await show(pilot, "train")
+        screen = app.screen
+        await until(pilot, lambda: screen.query_one("#preset", Choice).value == "demo-pt")
+        await until(pilot, lambda: screen.query_one("#data", Choice).value.endswith("pt_train.jsonl"))
+        screen.query_one("#kind").focus()
+        await pilot.press("right")
+        await until(pilot, lambda: screen.query_one("#preset", Choice).value == "demo-sft")
+        assert screen.query_one("#data", Choice).value.endswith("sft_train.jsonl")
+        assert screen.query_one("#name", Field).value == "my-sft"
+        screen.query_one("#epochs", Field).value = "2"
+        await pilot.press("t")
+        await until(pilot, lambda: backend.started)
+        action = backend.started[0]
+        config = from_mapping(action.params["config"])
+        assert (config.kind, config.epochs, config.rank) == ("sft", 2.0, 8)
+        assert action.params["run"] == str(tmp_path / "runs" / "my-sft")
+        written = read(tmp_path / "runs" / "my-sft.yaml", tmp_path)
+        assert written.learning_rate == config.learning_rate, "the command line trains the same"
+        assert str(tmp_path / "runs" / "my-sft.yaml") in action.command
+
+
+@pytest.mark.parametrize("field, value", [("epochs", "many"), ("name", "../x"), ("rank", "8.5")])
+async def test_form_says_what_is_wrong(
+    app: MedmergeApp, backend: FakeBackend, field: str, value: str
+) -> None:
+    async with app.run_test(size=(120, 36)) as pilot:
+        await show(pilot, "train")
+        await until(pilot, lambda: app.screen.query_one("#preset", Choice).value == "demo-pt")
+        app.screen.query_one(f"#{field}", Field).value = value
+        await pilot.press("t")
+        await until(pilot, lambda: app._notifications)
+        assert backend.started == []
+
+
+async def test_runs_are_overlaid_and_keep_their_colour(app: MedmergeApp, backend: FakeBackend) -> None:
+    new = {"kind": "sft", "output": "/ws/adapters/new"}
+    old = {"kind": "pt", "output": "/ws/adapters/old"}
+    backend.jobs = [
+        job(2, "train", params={"config": new}, done=5.0, total=10.0, unit="steps"),
+        job(1, "train", "done", params={"config": old}, exit_code=0),
+    ]
+    nan = float("nan")
+    backend.feeds = {
+        "train-2": JobFeed(
+            {"loss": ((1, 3.0), (2, nan), (3, 2.0)), "eval_loss": ((0, 3.1),)}, {"loss": 2.0, "tok_s": 170.0}
+        ),
+        "train-1": JobFeed({"loss": ((1, 4.0), (2, 3.5))}, {"loss": 3.5}),
+    }
+    async with app.run_test(size=(120, 36)) as pilot:
+        await show(pilot, "train")
+        await until(pilot, lambda: "tok/s 170" in text_of(app, "#numbers"))
+        shown = app.screen.query_one("#plot", PlotPanel)._shown
+        assert shown is not None
+        assert [(one.name, one.style, one.faded) for one in shown[:3]] == [
+            ("new", "sft", False), ("held out", "sft", False), ("old", "pt", True),
+        ]  # fmt: skip
+        assert shown[3].name == Path(PT.path).name, "chosen adapters show the curve they were trained with"
+        assert "50%" in text_of(app, "#running")
+
+
+async def test_a_stopped_run_can_go_on(app: MedmergeApp, backend: FakeBackend) -> None:
+    backend.jobs = [job(1, "train", "lost", params={"run": "/ws/runs/my-pt", "config": {"kind": "pt"}})]
+    async with app.run_test(size=(120, 36)) as pilot:
+        await show(pilot, "train")
+        await until(pilot, lambda: app.jobs)
+        await pilot.press("r")
+        await until(pilot, lambda: backend.started)
+        assert (
+            backend.started[0].params["resume"] is True
+            and backend.started[0].params["run"] == "/ws/runs/my-pt"
+        )
+
+
+async def test_narrow_form_is_behind_a_key(app: MedmergeApp) -> None:
+    async with app.run_test(size=(80, 24)) as pilot:
+        await show(pilot, "train")
+        assert isinstance(app.screen, TrainScreen) and not app.screen.query_one("#form").display
+        await pilot.press("f")
+        await until(pilot, lambda: app.screen.query_one("#form").display)
+        assert app.selection == CHOSEN
