@@ -28,7 +28,7 @@ class Task:
 
     kind: `generation` (overlap metrics, think rate), `multiple_choice` (log-likelihood), `probes` (refusals)
         or `perplexity` (held-out text).
-    limit: the first so many rows of the file (None: all).
+    limit: so many rows, spread evenly over the file (None: all).
     scoring: multiple choice only. `letters`: which of " A", " B", ... is likeliest after the options were
         listed; `options`: which whole option text is likeliest after the question alone.
     references: generation only. Also score the reference answers (log-likelihood, perplexity).

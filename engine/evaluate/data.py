@@ -40,7 +40,10 @@ class Sample:
 
 
 def read_samples(path: Path, kind: str, limit: int | None = None) -> list[Sample]:
-    """The first `limit` samples of a file of that kind, in file order; blank lines are skipped.
+    """`limit` samples of a file of that kind, spread evenly over it, in file order (None: all).
+
+    Spread, because such files are often sorted by category or source. Sample k of n is row floor(k * rows / n).
+    Every line is checked, used or not; blank lines are skipped.
 
     Raises BadDataError naming file and line (from 1): not JSON, a key missing or of the wrong type, an answer
     outside its options, an id that came before, no samples at all.
@@ -54,8 +57,6 @@ def read_samples(path: Path, kind: str, limit: int | None = None) -> list[Sample
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
-        if limit is not None and len(samples) >= limit:
-            break
         where = f"{path} line {number}"
         try:
             raw = json.loads(line.decode("utf-8"))
@@ -68,7 +69,9 @@ def read_samples(path: Path, kind: str, limit: int | None = None) -> list[Sample
         samples.append(sample)
     if not samples:
         raise BadDataError(f"{path} holds no samples")
-    return samples
+    if limit is None or limit >= len(samples):
+        return samples
+    return [samples[k * len(samples) // limit] for k in range(limit)]
 
 
 def _sample(raw: Any, kind: str, where: str) -> Sample:

@@ -38,7 +38,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="NAME", help="name of the run below WORKSPACE/runs (default: the config's)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each task")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only N samples of each task, spread over its file"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="continue the run of that name where it stopped"
     )

@@ -147,7 +147,6 @@ def test_broken_lines_name_file_and_line(kind, line, message, tmp_path):
     with pytest.raises(BadDataError, match=message) as error:
         read_samples(path, kind)
     assert str(path) in str(error.value)
-    assert len(read_samples(path, kind, limit=1)) == 1  # rows that are not used are not read
 
 
 def test_no_samples_and_no_file(tmp_path):
@@ -156,3 +155,11 @@ def test_no_samples_and_no_file(tmp_path):
         read_samples(tmp_path / "empty.jsonl", "probes")
     with pytest.raises(BadDataError, match="cannot read"):
         read_samples(tmp_path / "none.jsonl", "probes")
+
+
+def test_a_limit_spreads_over_the_file(tmp_path):
+    """Files are often sorted by category: the first rows would all be of one."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f'{{"id": {n}, "text": "t"}}\n' for n in range(10)))
+    assert [sample.id for sample in read_samples(path, "perplexity", 4)] == ["0", "2", "5", "7"]
+    assert [sample.id for sample in read_samples(path, "perplexity", 99)] == [str(n) for n in range(10)]

@@ -107,7 +107,7 @@ def test_sampling_follows_temperature_top_k_and_top_p():
 
 
 def test_a_prompt_longer_than_the_context_is_named(live):
-    with pytest.raises(BadDataError, match="sample q7.*256"):
+    with pytest.raises(BadDataError, match=r"sample q7.*256"):
         generate(live.model, live.tokenizer, [[5] * 300], ["q7"], Decoding("g"), 0, Stops(frozenset(), ()))
     window = generate(
         live.model, live.tokenizer, [[5] * 250], ["q"], Decoding("g"), 0, Stops(frozenset(), ())

@@ -16,7 +16,8 @@ from tui.commands.report import cell, human_table, latex, markdown
 
 def metric_row(**changes):
     values = {
-        "run": "r", "model": "PT30 SFT70", "weights": {"pt": 0.3, "sft": 0.7}, "template": "model", "decoding": "greedy",
+        "run": "r", "model": "PT30 SFT70", "weights": {"pt": 0.3, "sft": 0.7}, "template": "model",
+        "decoding": "greedy",
         "task": "qa", "metric": "bleu", "value": 6.5, "low": 4.0, "high": 9.0, "n": 48, "floor": 4.4,
     }  # fmt: skip
     return MetricRow(**{**values, **changes})
