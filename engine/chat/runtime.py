@@ -127,10 +127,17 @@ class Model:
 
     @property
     def description(self) -> str:
-        """Architecture, size and type in llama.cpp's words: "llama 0.1B Q4_K - Medium"."""
-        buffer = ctypes.create_string_buffer(256)
-        llama_cpp.llama_model_desc(self._model, buffer, 256)
-        return buffer.value.decode("utf-8", "replace")
+        """Architecture, number of weights and type: "llama 135M Q4_K - Medium"."""
+        count = self.parameters
+        size = (
+            f"{count / 1e9:.1f}B"
+            if count >= 1e9
+            else f"{count / 1e6:.1f}M"
+            if count < 1e7
+            else f"{count / 1e6:.0f}M"
+        )
+        kind = llama_cpp.llama_ftype_name(llama_cpp.llama_model_ftype(self._model)) or b""
+        return f"{self.metadata('general.architecture')} {size} {kind.decode('utf-8', 'replace')}".strip()
 
     def metadata(self, key: str) -> str:
         """A metadata value as text, "" when the file has no such key."""

@@ -157,6 +157,11 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Speaker], dict[str, float]]
     speakers = []
     for named in args.models:
         path = existing_path(named, workspace, "model")
+        if (path / "adapter_config.json").is_file():
+            raise BadInputError(
+                f"{path} is an adapter, not a model",
+                f"talk to its base with it: medmerge chat BASE --adapter {path.name}={path}:1",
+            )
         name, base = path.name, path if path.is_dir() else None
         if base is None and folders:
             if not args.base:
@@ -284,22 +289,44 @@ def _converse(
         if line.startswith("/"):
             _order(line, runner, speakers, weights)
             continue
-        for speaker in speakers:
-            speaker.messages = [*(speaker.messages or _system(args)), {"role": "user", "content": line}]
-            if len(speakers) > 1:
-                print(f"── {plain(speaker.name)}")
-            text, end = runner.run(_answer(speaker, args.template, sampling, True, True))
+        try:
+            for speaker in speakers:
+                _turn(args, runner, speaker, line, len(speakers) > 1, weights, sampling)
+        except KeyboardInterrupt:  # twice, or just before an answer began: the others do not answer this line
             print()
-            if isinstance(end, Done):
-                speaker.messages.append({"role": "assistant", "content": text})
-                _note(f"{end.reason} · {end.tokens} tokens · {end.tokens_per_s:.0f} tok/s")
-            else:
-                speaker.messages.pop()
-                print_error(end.message, end.hint)
-                if not speaker.model.alive:
-                    runner.run(_open(speaker, weights))
-                    _note(f"{speaker.name} was started again")
     return 0
+
+
+def _turn(
+    args: argparse.Namespace,
+    runner: asyncio.Runner,
+    speaker: Speaker,
+    line: str,
+    named: bool,
+    weights: dict[str, float],
+    sampling: Sampling,
+) -> None:
+    """One model's answer to a line. What was not answered is forgotten; a child that died is started again."""
+    before = list(speaker.messages)
+    speaker.messages = [*(before or _system(args)), {"role": "user", "content": line}]
+    if named:
+        print(f"── {plain(speaker.name)}")
+    answered = False
+    try:
+        text, end = runner.run(_answer(speaker, args.template, sampling, True, True))
+        print()
+        if isinstance(end, Done):
+            answered = True
+            speaker.messages.append({"role": "assistant", "content": text})
+            _note(f"{end.reason} · {end.tokens} tokens · {end.tokens_per_s:.0f} tok/s")
+            return
+        print_error(end.message, end.hint)
+        if not speaker.model.alive:
+            runner.run(_open(speaker, weights))
+            _note(f"{speaker.name} was started again")
+    finally:
+        if not answered:
+            speaker.messages = before
 
 
 def _introduce(speakers: list[Speaker], weights: dict[str, float]) -> None:
@@ -316,12 +343,15 @@ def _introduce(speakers: list[Speaker], weights: dict[str, float]) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Lines typed by the person (or piped in), until the end; ctrl+c on an empty line ends too."""
+    """Lines typed by the person (or piped in), until the end; ctrl+c throws the line away."""
     while True:
         try:
             line = input("› " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except KeyboardInterrupt:
+            _note("(ctrl+d ends)")
+            continue
         if line:
             yield line
 
