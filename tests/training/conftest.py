@@ -12,7 +12,11 @@ import pytest
 from training.config import TrainConfig, from_mapping
 
 QUESTIONS = ["What is asthma?", "What is the dose of aspirin for an adult?", "Is diabetes a disease?"]
-ANSWERS = ["A disease with wheezing.", "500 mg every 6 hours, for pain and fever.", "Yes, of glucose in the blood."]
+ANSWERS = [
+    "A disease with wheezing.",
+    "500 mg every 6 hours, for pain and fever.",
+    "Yes, of glucose in the blood.",
+]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -29,7 +33,12 @@ def write_jsonl_fixture() -> Callable[[Path, list[dict[str, Any]]], Path]:
 def sft_file(tmp_path: Path) -> Path:
     """12 question/answer rows of different lengths."""
     rows = [
-        {"id": str(n), "instruction": f"{n} {QUESTIONS[n % 3]}", "input": "", "output": f"{ANSWERS[n % 3]} " * (1 + n % 4)}
+        {
+            "id": str(n),
+            "instruction": f"{n} {QUESTIONS[n % 3]}",
+            "input": "",
+            "output": f"{ANSWERS[n % 3]} " * (1 + n % 4),
+        }
         for n in range(12)
     ]
     return write_jsonl(tmp_path / "sft.jsonl", rows)

@@ -47,7 +47,9 @@ def test_answers_with_their_end_mark_and_newline_are_trained(tokenizer: Any) -> 
     assert all(label in (IGNORE, token) for token, label in zip(encoded.ids, encoded.labels, strict=True))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     trained_ends = [n for n, label in enumerate(encoded.labels) if label == end]
-    assert [encoded.labels[n + 1] for n in trained_ends] == tokenizer.encode("\n", add_special_tokens=False) * 2
+    assert [encoded.labels[n + 1] for n in trained_ends] == tokenizer.encode(
+        "\n", add_special_tokens=False
+    ) * 2
 
 
 def test_mask_history_and_train_on_prompt(tokenizer: Any) -> None:
@@ -62,7 +64,9 @@ def test_prompt_tokens_are_those_of_inference(tokenizer: Any) -> None:
     """The answer is tokenised apart: what precedes it is exactly what the prompt alone encodes to."""
     chatml = templates.load("chatml")
     for answer in ("\n\nA disease.", " with a space", "500"):
-        encoded = encode_conversation(sample(TURNS[1], {"role": "assistant", "content": answer}), tokenizer, chatml, 256)
+        encoded = encode_conversation(
+            sample(TURNS[1], {"role": "assistant", "content": answer}), tokenizer, chatml, 256
+        )
         prompt = tokenizer.encode(chatml.prompt([TURNS[1]]), add_special_tokens=False)
         assert encoded.ids[: len(prompt)] == prompt
         assert encoded.labels[: len(prompt)] == [IGNORE] * len(prompt)
@@ -91,7 +95,9 @@ def test_think_blocks_are_trained_or_prefilled(tokenizer: Any) -> None:
         (10, 10, 0, (0, 0)),
     ],
 )
-def test_truncation_shares_the_cutoff(source: int, target: int, budget: int, expected: tuple[int, int]) -> None:
+def test_truncation_shares_the_cutoff(
+    source: int, target: int, budget: int, expected: tuple[int, int]
+) -> None:
     assert split_budget(source, target, budget) == expected
 
 

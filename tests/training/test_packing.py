@@ -25,7 +25,9 @@ DOCUMENTS = [
 def load(base: Path, implementation: str) -> torch.nn.Module:
     if implementation == attention.NAME:
         assert attention.choose(AutoConfig.from_pretrained(base), "cpu", 64) == attention.NAME
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=implementation).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation=implementation
+    ).eval()
 
 
 def loss_alone(model: torch.nn.Module, document: Encoded) -> tuple[float, int]:
@@ -48,7 +50,9 @@ def test_packed_logits_equal_the_documents_alone(
     batch = collate([Block.of(DOCUMENTS), Block.of(DOCUMENTS[::-1][:2])], pad=0)
     assert "attention_mask" not in batch
     with torch.no_grad():
-        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        packed = model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).logits
     for row, documents in enumerate([DOCUMENTS, DOCUMENTS[::-1][:2]]):
         start = 0
         for document in documents:
@@ -62,7 +66,9 @@ def test_packed_logits_equal_the_documents_alone(
 @pytest.mark.parametrize("implementation", ["sdpa", attention.NAME])
 def test_token_loss_is_the_sum_over_trained_tokens(tiny_llama: Path, implementation: str) -> None:
     model = load(tiny_llama, implementation)
-    expected = [loss_alone(model if implementation == "sdpa" else load(tiny_llama, "sdpa"), d) for d in DOCUMENTS]
+    expected = [
+        loss_alone(model if implementation == "sdpa" else load(tiny_llama, "sdpa"), d) for d in DOCUMENTS
+    ]
     batch = collate([Block.of(DOCUMENTS[:2]), Block.of(DOCUMENTS[2:])], pad=0)
     loss, count = token_loss(model, batch)
     assert count == sum(n for _, n in expected) == 9
@@ -106,7 +112,9 @@ def test_cut_stream_keeps_every_token_in_order(documents: list[Encoded], size: i
     assert [i for block in blocks for i in block.ids] == [i for document in documents for i in document.ids]
     assert all(len(block.ids) == size for block in blocks[:-1]) and len(blocks[-1].ids) <= size
     for block in blocks:
-        for index, (token, label, position) in enumerate(zip(block.ids, block.labels, block.positions, strict=True)):
+        for index, (token, label, position) in enumerate(
+            zip(block.ids, block.labels, block.positions, strict=True)
+        ):
             begins = index == 0 or block.ids[index - 1] // 100 != token // 100
             assert (position == 0) == begins
             assert label == (IGNORE if begins else token)

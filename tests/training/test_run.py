@@ -73,17 +73,18 @@ def test_sft_run_leaves_a_whole_adapter_with_its_manifest(
 def test_pt_run_counts_its_tokens(settings: Settings, pt_file: Path, tmp_path: Path) -> None:
     result = train(settings("pt", pt_file, held_out=0), tmp_path / "run", EventWriter())
     tokens = result["tokens"]
-    assert tokens["processed"] == tokens["per_epoch_processed"] and tokens["trained"] == tokens["per_epoch_trained"]
+    assert (
+        tokens["processed"] == tokens["per_epoch_processed"]
+        and tokens["trained"] == tokens["per_epoch_trained"]
+    )
     # every document, and every piece of one that crosses a border, starts with a token without loss
     assert 10 <= tokens["processed"] - tokens["trained"] <= 10 + tokens["processed"] // 64 + 1
     assert result["eval_loss"] is None
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_resumed_equals_uninterrupted(
-    settings: Settings, sft_file: Path, tmp_path: Path, dropout: float
-) -> None:
-    changes = {"dropout": dropout, "epochs": 2, "held_out": 2, "accumulation": 1}
+def test_resumed_equals_uninterrupted(settings: Settings, sft_file: Path, tmp_path: Path) -> None:
+    """Dropout, data order, optimizer, schedule, counts and curve all go on where they were."""
+    changes = {"dropout": 0.1, "accumulation": 1, "max_steps": 6, "eval_every": 3}
     whole = settings("sft", sft_file, output=str(tmp_path / "a" / "whole"), **changes)
     train(whole, tmp_path / "run-whole", EventWriter())
     broken = settings("sft", sft_file, output=str(tmp_path / "a" / "resumed"), **changes)
@@ -122,7 +123,11 @@ def test_checkpointed_activations_give_the_same_run(
     curves = []
     for wanted in (False, True):
         config = settings(
-            "sft", sft_file, gradient_checkpointing=wanted, max_steps=3, output=str(tmp_path / f"out-{wanted}")
+            "sft",
+            sft_file,
+            gradient_checkpointing=wanted,
+            max_steps=3,
+            output=str(tmp_path / f"out-{wanted}"),
         )
         train(config, tmp_path / f"run-{wanted}", EventWriter())
         curves.append(losses(json.loads((tmp_path / f"out-{wanted}" / "training.json").read_text())))
@@ -147,15 +152,18 @@ def test_leaking_data_is_not_trained_on(
     settings: Settings, sft_file: Path, tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:
     tests = write_jsonl(
-        tmp_path / "test.jsonl", [{"id": "t", "prompt": "4 WHAT is the dose of aspirin, for an adult", "reference": "?"}]
+        tmp_path / "test.jsonl",
+        [{"id": "t", "prompt": "4 WHAT is the dose of aspirin, for an adult", "reference": "?"}],
     )
     with pytest.raises(BadDataError, match=r"sft\.jsonl row 4 repeats .*test\.jsonl row 0 \(exact\)"):
         train(settings("sft", sft_file, tests=[str(tests)]), tmp_path / "run", EventWriter())
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_trained_is_refused_by_name(settings: Settings, sft_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadRecipeError, match="<|eot_id|>"):
+def test_what_cannot_be_trained_is_refused_by_name(
+    settings: Settings, sft_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadRecipeError, match=r"<\|eot_id\|>"):
         train(settings("sft", sft_file, template="llama3"), tmp_path / "r1", EventWriter())
     with pytest.raises(BadRecipeError, match="qkv_proj"):
         train(settings("sft", sft_file, targets=["qkv_proj"]), tmp_path / "r2", EventWriter())
