@@ -258,7 +258,7 @@ class MedmergeApp(App[None]):
         for job in message.jobs:
             if job.final and job.id in known - ended_before:
                 self._ended(job)
-        self._tell()
+        self._tell_jobs()
 
     def on_job_started(self, message: JobStarted) -> None:
         self.notify(plain(message.job.title), title="started", markup=False, timeout=3)
@@ -266,7 +266,7 @@ class MedmergeApp(App[None]):
             self._follow[message.job.id] = message.follow
         if message.job.id not in {job.id for job in self.jobs}:
             self.jobs = (message.job, *self.jobs)
-        self._tell()
+        self._tell_jobs()
 
     def _ended(self, job: JobRow) -> None:
         """A job ended while the app watched: say it unless all is well and seen, and read the disk anew."""
@@ -294,6 +294,11 @@ class MedmergeApp(App[None]):
         for screen in self.screen_stack:
             if isinstance(screen, MedScreen):
                 screen.tell()
+
+    def _tell_jobs(self) -> None:
+        for screen in self.screen_stack:
+            if isinstance(screen, MedScreen):
+                screen.tell_jobs()
 
     # ---- what the person does ---------------------------------------------------------------------------
 

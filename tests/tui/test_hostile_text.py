@@ -75,7 +75,7 @@ async def test_model_output_is_tame_and_its_markup_is_shown() -> None:
 async def test_notifications_do_not_read_markup() -> None:
     backend = FakeBackend()
     app = MedmergeApp(backend, CHOSEN)
-    async with app.run_test(size=(120, 36)) as pilot:
+    async with app.run_test(size=(120, 36), notifications=True) as pilot:
         await show(pilot, "merge")
         backend.fail["start"] = EVIL
         await pilot.press("m")

@@ -7,7 +7,7 @@ from typing import Any
 
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import Input, OptionList, Static
 
@@ -21,6 +21,7 @@ from tui.text import cut, fit, parameters, size, sparkline
 from tui.theme import label_style
 from tui.widgets.field import Field
 from tui.widgets.rows import RowList
+from tui.widgets.sized import SizedScroll
 
 
 class AdaptersScreen(MedScreen):
@@ -47,7 +48,7 @@ class AdaptersScreen(MedScreen):
             with Vertical(id="left"):
                 yield Field(placeholder="part of a name", id="find")
                 yield RowList[AdapterRow](self._line, lambda row: row.path, id="list")
-            with VerticalScroll(id="right", can_focus=True):
+            with SizedScroll(id="right", can_focus=True):
                 yield Static(id="detail")
 
     def on_mount(self) -> None:

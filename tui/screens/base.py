@@ -17,6 +17,7 @@ from tui.actions import Action
 from tui.messages import Answer, Refusal
 from tui.snapshots import JobFeed, JobRow, Overview
 from tui.widgets.keybar import KeyBar
+from tui.widgets.sized import WidthChanged
 from tui.widgets.topbar import TopBar
 
 if TYPE_CHECKING:
@@ -69,19 +70,22 @@ class MedScreen(Screen[None]):
     def on_screen_resume(self) -> None:
         self.tell()
 
-    def on_resize(self) -> None:
-        """Lines are made for a width: make them again when it is known."""
-        self.call_after_refresh(self.tell)
+    def on_width_changed(self, message: WidthChanged) -> None:
+        """Lines are made for a width: make them again."""
+        self.tell()
 
     def tell(self) -> None:
         """Show what the app knows now."""
-        if not self.is_mounted:
-            return
-        app = self.med
-        self.query_one(TopBar).show_jobs(app.jobs)
-        if app.overview is not None:
-            self.show_workspace(app.overview)
-        self.show_jobs(app.jobs, app.feeds)
+        if self.is_mounted and self.is_current:
+            if self.med.overview is not None:
+                self.show_workspace(self.med.overview)
+            self.tell_jobs()
+
+    def tell_jobs(self) -> None:
+        """Show the jobs as the app knows them now."""
+        if self.is_mounted and self.is_current:
+            self.query_one(TopBar).show_jobs(self.med.jobs)
+            self.show_jobs(self.med.jobs, self.med.feeds)
 
     def ask(self, question: str, work: Callable[[], T]) -> None:
         """Run blocking `work` in a thread; its result arrives in `answered(question, value)`.

@@ -21,6 +21,7 @@ from tui.screens.dialogs import PickScreen, TextScreen
 from tui.snapshots import JobFeed, JobRow, Overview, RunRow, SampleRow
 from tui.text import cut
 from tui.widgets.plot import PlotPanel
+from tui.widgets.sized import SizedStatic
 
 if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
@@ -51,7 +52,7 @@ class EvaluateScreen(MedScreen):
         self._drawn: object = None
 
     def body(self) -> ComposeResult:
-        yield Static(id="run")
+        yield SizedStatic(id="run")
         with Horizontal(id="plots"):
             yield PlotPanel("BLEU", "PT weight", id="overlap")
             yield PlotPanel("perplexity", "PT weight", id="perplexity")

@@ -15,6 +15,7 @@ from tui.safe_text import plain
 from tui.screens.base import MedScreen
 from tui.snapshots import JobFeed, JobRow, Overview
 from tui.text import cut, parameters, size
+from tui.widgets.sized import SizedStatic
 
 STEP_WORDS = {
     "base": "base", "adapters": "adapters", "merge": "merge", "verify": "verified", "chat": "chat",
@@ -40,7 +41,7 @@ class HomeScreen(MedScreen):
         with VerticalScroll(can_focus=False):
             yield Static(id="next")
             yield Static(id="way")
-            yield Static(id="running")
+            yield SizedStatic(id="running")
             yield Static(id="latest")
             yield Static(id="here")
 

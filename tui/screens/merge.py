@@ -23,6 +23,7 @@ from tui.widgets.choice import Choice
 from tui.widgets.field import Field
 from tui.widgets.overlap import overlap_content
 from tui.widgets.rows import RowList
+from tui.widgets.sized import SizedStatic
 from tui.widgets.slider import WeightSlider
 
 METHODS = (("linear", "linear"), ("task_arithmetic", "task arithmetic"))
@@ -67,7 +68,7 @@ class MergeScreen(MedScreen):
             with Horizontal(id="naming"):
                 yield Static(Content("name "), classes="label")
                 yield Field(id="name")
-        yield Static(id="plan")
+        yield SizedStatic(id="plan")
         yield Static(id="verdict")
         yield Static(Content("Merges"), classes="heading")
         yield RowList[MergeRow](_merge_line, lambda row: row.path, Content("none yet"), id="list")

@@ -21,6 +21,7 @@ from tui.text import cut
 from tui.widgets.choice import Choice
 from tui.widgets.field import Field
 from tui.widgets.plot import PlotPanel, Series
+from tui.widgets.sized import SizedStatic
 
 # key of training.config.TrainConfig, words on the form, how to read it
 NUMBERS = (
@@ -82,7 +83,7 @@ class TrainScreen(MedScreen):
             with Vertical(id="right"):
                 yield PlotPanel("loss", "step", "No run yet.  f the settings, t trains.", id="plot")
                 yield Static(id="numbers")
-                yield Static(id="running")
+                yield SizedStatic(id="running")
 
     def on_mount(self) -> None:
         self.ask("presets", _read_presets)
