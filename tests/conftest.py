@@ -7,12 +7,16 @@ by a test: copy them first. `make_adapter(base, ...)` makes a new adapter folder
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from engine.workspace import Workspace
+
+# Tiny models gain nothing from threads, and spinning OpenMP threads are very slow beside other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "

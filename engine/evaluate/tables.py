@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,30 +124,34 @@ def series_of(spec: Spec, frames: Sequence[pl.DataFrame]) -> list[Series]:
 
 
 def _overlap_series(task: str, frames: Sequence[pl.DataFrame]) -> list[Series]:
-    """Overlap metrics think-stripped and raw; stats are summed over seeds, floors averaged."""
-    found: list[Series] = []
-    for column, suffix in (("text", ""), ("raw", "_raw")):
-        ids = tuple(frames[0]["id"].to_list())
-        sums: dict[str, FloatArray] = {}
-        floor: dict[str, float] = {}
-        kept: dict[str, Measured] = {}
-        for frame in frames:
-            frame = frame.sort("id").join(pl.DataFrame({"id": sorted(ids)}), on="id", how="inner")
-            outputs = [text.strip() for text in frame[column].to_list()]
-            references = frame["reference"].to_list()
-            for name, value in floors(outputs, references).items():
-                floor[name] = floor.get(name, 0.0) + value / len(frames)
-            for measured in overlap(outputs, references):
-                kept[measured.name] = measured
-                sums[measured.name] = sums.get(measured.name, 0.0) + measured.stats
-        found += [
-            Series(
-                task, name + suffix, tuple(sorted(ids)), sums[name], kept[name].combine, floor=floor.get(name),
-                detail=kept[name].detail,
-            )
-            for name in kept
-        ]  # fmt: skip
-    return found
+    """Overlap metrics think-stripped and raw (computed once where the two texts are the same)."""
+    found = _overlap_of(task, frames, "text")
+    if all((frame["text"] == frame["raw"].str.strip_chars()).all() for frame in frames):
+        raw = found
+    else:
+        raw = _overlap_of(task, frames, "raw")
+    return found + [replace(series, metric=f"{series.metric}_raw") for series in raw]
+
+
+def _overlap_of(task: str, frames: Sequence[pl.DataFrame], column: str) -> list[Series]:
+    """Overlap metrics of one text column; statistics are summed over seeds, floors averaged."""
+    sums: dict[str, FloatArray] = {}
+    floor: dict[str, float] = {}
+    kept: dict[str, Measured] = {}
+    for frame in frames:
+        frame = frame.sort("id")
+        outputs = [text.strip() for text in frame[column].to_list()]
+        references = frame["reference"].to_list()
+        for name, value in floors(outputs, references).items():
+            floor[name] = floor.get(name, 0.0) + value / len(frames)
+        for measured in overlap(outputs, references):
+            kept[measured.name] = measured
+            sums[measured.name] = sums.get(measured.name, 0.0) + measured.stats
+    ids = tuple(sorted(frames[0]["id"].to_list()))
+    return [
+        Series(task, name, ids, sums[name], of.combine, floor=floor.get(name), detail=of.detail)
+        for name, of in kept.items()
+    ]
 
 
 def _per_prompt(frame: pl.DataFrame, value: pl.Expr) -> tuple[tuple[str, ...], FloatArray]:
