@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import MakeAdapter
+from tests.conftest import MakeAdapter, build_model
 from tui.cli import main
 
 
@@ -114,15 +114,16 @@ def test_wrong_usage_exits_2(
     assert says in err and "Traceback" not in err and not out
 
 
-def test_ctrl_c_stops_the_answer_and_ctrl_d_ends(tiny_llama: Path, tmp_path: Path) -> None:
-    """In a real terminal: an endless answer is interrupted, the conversation goes on, ctrl+d leaves with 0."""
+def test_ctrl_c_stops_the_answer_and_ctrl_d_ends(tmp_path: Path) -> None:
+    """In a real terminal: an answer of seconds is interrupted, the conversation goes on, ctrl+d leaves with 0."""
     from engine.gguf.convert import Conversion, convert
     from engine.jobs.events import EventWriter
 
-    convert(Conversion.plan(tiny_llama), tmp_path / "m.gguf", "f32", EventWriter())
+    folder = build_model("llama", tmp_path / "model", max_position_embeddings=16384)
+    convert(Conversion.plan(folder), tmp_path / "m.gguf", "f32", EventWriter())
     parent, child = pty.openpty()
     command = [sys.executable, "-m", "tui.cli", "chat", str(tmp_path / "m.gguf")]
-    command += ["--max-tokens", "0", "--temperature", "2", "--workspace", str(tmp_path / "w")]
+    command += ["--max-tokens", "0", "--context", "16384", "--workspace", str(tmp_path / "w")]
     environment = {
         **os.environ,
         "XDG_STATE_HOME": str(tmp_path),
@@ -156,7 +157,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_ends(tiny_llama: Path, tmp_path: Pat
             until("used for?\r\n")
             until("")
             process.send_signal(signal.SIGINT)
-            until("tok/s")
+            until("stopped · ")
         os.write(parent, b"\x04")
         assert process.wait(60) == 0
     finally:
