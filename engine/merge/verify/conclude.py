@@ -20,6 +20,7 @@ TOLERANCE = 1e-3  # found may differ from expected by this much at most
 RELATIVE_TOLERANCE = 2e-4  # or by this share of the weight, where the fit is that sharp
 COLLINEAR = 1e-6  # 1 - |cosine| under which two deltas cannot be told apart at all
 NEARLY = 1e-2  # and under which the fit's error decides
+EVIDENCE = 16  # sampled elements that must speak against another recipe
 UNCLEAR = 5e-3  # standard error of a weight above which nearly collinear deltas are not told apart
 
 # Findings in the order of how much they explain; the first one is the verdict.
@@ -204,17 +205,17 @@ def _identifiable(evidence: Evidence, whole: Fit) -> list[Finding]:
     sample = draw(evidence.stats, evidence.base, evidence.merged, labels, 1_000_000)
     for way in weightings(sample):
         finding = way.finding
-        if (
-            finding
-            and finding.code in ("base_unchanged", "swapped", "missing")
-            and sample.fits(way.weights).all()
-        ):
+        if finding is None:
+            continue
+        if finding.code not in ("base_unchanged", "swapped", "missing"):
+            break
+        if np.count_nonzero(~sample.fits(way.weights)) < EVIDENCE:
             return [
                 Finding(
                     "not_identifiable",
                     finding.detail or "base",
-                    f"{evidence.merged.dtype} is too coarse for these deltas: the same bits would be there if "
-                    f"{finding.message}",
+                    f"{evidence.merged.dtype} is too coarse for these deltas: (nearly) the same bits would be there "
+                    f"if {finding.message}",
                 )
             ]
     return []

@@ -29,15 +29,15 @@ CONTRACT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("b_std", [0.02, 0.005, 0.002, 0.0003])
+@pytest.mark.parametrize("b_std", [0.02, 0.005, 0.002, 0.00015])
 def test_bfloat16_of_any_size(make_scene: MakeScene, b_std: float) -> None:
     scene = make_scene(b_std=b_std)
     verdict = scene.verify(scene.merge())
     assert verdict.ok, verdict.message
     assert verdict.exit_code == 0
     assert verdict.effective_weights == pytest.approx(verdict.expected_weights, abs=1e-3)
-    if b_std == 0.0003:  # bfloat16 keeps a quarter of the elements' change at most
-        assert verdict.unchanged_share > 0.7
+    if b_std == 0.00015:  # bfloat16 keeps the change of a quarter of the elements at most
+        assert verdict.unchanged_share > 0.75
 
 
 def test_json_has_the_keys_of_the_contract(scene: Scene) -> None:
@@ -184,7 +184,7 @@ def test_negative_and_zero_weights(scene: Scene) -> None:
     assert scene.verify(scene.merge(weights), weights).ok
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10**6),
     pt=st.floats(-1.5, 1.5).map(lambda w: round(w, 2)),
