@@ -114,9 +114,9 @@ class Desk:
 
 def without_thoughts(text: str) -> str:
     """An answer as it goes back into the conversation: what stands after its think blocks."""
-    from tui.widgets.stream import _THINK
+    from tui.widgets.stream import THINK
 
-    return _THINK.sub("", text).strip()
+    return THINK.sub("", text).strip()
 
 
 def live_source(result: Mapping[str, Any]) -> Source | None:

@@ -182,7 +182,7 @@ def curves_of(rows: Sequence[MetricRow]) -> dict[str, tuple[str, tuple[Series, .
         value = tuple((point.x, point.value) for point in points)
         curves["overlap"] = (
             f"BLEU on {plain(tasks['bleu'])}",
-            (Series("BLEU", value, "sft", marker="●"), Series("floor (unrelated answers)", floor, "faint")),
+            (Series("BLEU", value, "sft", marker="●"), Series("floor", floor, "faint")),
         )
     if "perplexity" in tasks:
         points = sweep_curve(rows, "pt", "perplexity", tasks["perplexity"])

@@ -87,7 +87,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
 def workspace(tmp_path: Path, tiny_llama: Path, make_adapter: MakeAdapter) -> Workspace:
     """A workspace with a tiny base, a PT and an SFT adapter."""
     workspace = Workspace(tmp_path / "ws").create()
-    shutil.copytree(tiny_llama, workspace.bases / "tiny")
+    shutil.copytree(tiny_llama, workspace.bases / tiny_llama.name)
     for name, seed in (("my-pt", 1), ("my-sft", 2)):
         shutil.copytree(make_adapter(tiny_llama, seed=seed), workspace.adapters / name)
     return workspace
@@ -120,6 +120,7 @@ def test_killed_while_a_job_runs_and_the_job_is_there_again(terminal: Terminal, 
     app = _app_pid(workspace)
     job = launch(spec, workspace.jobs)
     try:
+        terminal.until(lambda: JobStore(workspace.jobs).get(job.id).state == "running", "the job runs")
         terminal.shows("a long run")
         os.kill(app, signal.SIGKILL)
         terminal.until(lambda: not _alive(app), "the app is gone")

@@ -64,7 +64,7 @@ class ChatScreen(MedScreen):
         Binding("i", "prompt", "ask"),
         Binding("r", "again", "again"),
         Binding("x", "stop", "stop"),
-        Binding("w", "other_pane", "weights of"),
+        Binding("w", "other_pane", "other pane", tooltip="whose weights and model are set"),
         Binding("o", "source", "model"),
         Binding("l", "prepare", "prepare live"),
         Binding("t", "thoughts", "thoughts", show=False),

@@ -33,6 +33,7 @@ NUMBERS = (
     ("accumulation", "accumulation", int),
     ("max_steps", "max steps (0: all)", int),
 )
+KINDS = (("pt", "PT: plain text"), ("sft", "SFT: conversations"))
 TEMPLATES = ("model", "chatml", "qwen3_nothink", "qwen3", "llama3")
 OVERLAID = 4
 

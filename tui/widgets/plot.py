@@ -157,4 +157,5 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     span = high - low or abs(high) or 1.0
     step = 10 ** math.floor(math.log10(span))
     step = step / 2 if span / step < 3 else step
-    return math.floor(low / step) * step, math.ceil(high / step) * step
+    below = low - 0.04 * span  # room for a marker on the lowest point
+    return math.floor((below if below > 0 or low < 0 else low) / step) * step, math.ceil(high / step) * step

@@ -19,7 +19,7 @@ from textual.strip import Strip
 
 from tui.safe_text import plain
 
-_THINK = re.compile(r"<think>(.*?)(</think>|\Z)", re.DOTALL)
+THINK = re.compile(r"<think>(.*?)(</think>|\Z)", re.DOTALL)
 
 
 @dataclass
@@ -106,7 +106,7 @@ class StreamPane(ScrollView, can_focus=True):
             return [*lines, ("", "stream--note")]
         out: list[tuple[str, str]] = []
         position = 0
-        for match in _THINK.finditer(turn.text):
+        for match in THINK.finditer(turn.text):
             out += _lines(turn.text[position : match.start()].strip("\n"), width, "stream--answer")
             out += self._thought(turn, match[1].strip(), closed=bool(match[2]), width=width)
             position = match.end()
