@@ -192,7 +192,10 @@ def read(path: Path, workspace: Path, **overrides: Any) -> TrainConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadRecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise BadRecipeError(f"{path} must hold keys and values", "base, data, output and settings; docs/training.md has an example")
+        raise BadRecipeError(
+            f"{path} must hold keys and values",
+            "base, data, output and settings; docs/training.md has an example",
+        )
     values.update({key: value for key, value in overrides.items() if value is not None})
     config = from_mapping(values, str(path))
 

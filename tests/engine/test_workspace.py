@@ -34,7 +34,7 @@ def test_create_makes_the_folders_and_keeps_what_is_there(tmp_path: Path) -> Non
 def test_a_broken_workspace_file_is_named(tmp_path: Path, text: str) -> None:
     workspace = Workspace.find(tmp_path / "w").create()
     (workspace.root / "workspace.toml").write_text(text)
-    with pytest.raises(BadInputError, match="workspace.toml"):
+    with pytest.raises(BadInputError, match=r"workspace\.toml"):
         workspace.places("bases")
 
 
