@@ -13,9 +13,9 @@ of absolute products by Cauchy-Schwarz). So y is right if round_T(v - e) <= y <=
 round_T(v') lies in the interval: an element equal to round_T(v') is right without float64. Only the others
 are computed in float64 and judged by the interval itself.
 
-*Sums.* With E = (y - W) - sum_k a_k s_k B_k A_k, everything a least-squares fit on the deltas needs is B^T B, A A^T and B^T E A^T
-(each R x R, R the sum of ranks): <E, B_k A_k> = tr(B_k^T E A_k^T). The same sums for the ideally rounded
-merge, round_T(v) - v, differ only where y is not round_T(v).
+*Sums.* With E = (y - W) - sum_k a_k s_k B_k A_k, all that a least-squares fit on the deltas needs is B^T B, A A^T
+and B^T E A^T (each R x R, R the sum of ranks): <E, B_k A_k> = tr(B_k^T E A_k^T). The same sums for the ideally
+rounded merge, round_T(v) - v, differ only where y is not round_T(v).
 """
 
 from __future__ import annotations

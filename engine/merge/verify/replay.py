@@ -34,15 +34,20 @@ def weightings(sample: Sample) -> Iterator[Weighting]:
     """The asked weights first, then every mistake worth trying, most telling first."""
     asked = sample.asked
     yield Weighting(None, asked)
-    seen = {asked[:, sample.thin].tobytes()}
+    seen = {_key(asked[:, sample.thin])}
     for finding, weights in _mistakes(sample):
-        key = weights[:, sample.thin].tobytes()
+        key = _key(weights[:, sample.thin])
         if key in seen:
             continue
         seen.add(key)
         differs = np.any(weights != asked, axis=1)
         labels = frozenset(label for label, d in zip(sample.labels, differs, strict=True) if d)
         yield Weighting(finding, weights, labels)
+
+
+def _key(weights: Float64Array) -> bytes:
+    """Equal for equal weights; adding 0 makes -0.0 the same as 0.0."""
+    return (weights + 0.0).tobytes()
 
 
 def _mistakes(sample: Sample) -> Iterator[tuple[Finding, Float64Array]]:
