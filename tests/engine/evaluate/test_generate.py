@@ -93,13 +93,13 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
 
     def shares(decoding):
-        draws = Counter(pick(logits.expand(3000, 4).clone(), decoding, [stream(n, "x") for n in range(3000)]))
-        return [draws[token] / 3000 for token in range(4)]
+        draws = Counter(pick(logits.expand(1000, 4).clone(), decoding, [stream(n, "x") for n in range(1000)]))
+        return [draws[token] / 1000 for token in range(4)]
 
-    assert shares(Decoding("t", temperature=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
+    assert shares(Decoding("t", temperature=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.06)
     flat = torch.tensor([0.5, 0.3, 0.15, 0.05]) ** 0.5
-    assert shares(Decoding("t", temperature=2.0)) == pytest.approx((flat / flat.sum()).tolist(), abs=0.04)
-    assert shares(Decoding("k", temperature=1.0, top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    assert shares(Decoding("t", temperature=2.0)) == pytest.approx((flat / flat.sum()).tolist(), abs=0.06)
+    assert shares(Decoding("k", temperature=1.0, top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.06)
     # .5 + .3 < .9 <= .5 + .3 + .15: three tokens stay
     assert shares(Decoding("p", temperature=1.0, top_p=0.9))[3] == 0
     assert shares(Decoding("p", temperature=1.0, top_p=0.5)) == [1, 0, 0, 0]
