@@ -148,8 +148,10 @@ def _training_facts(training: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         facts.append(("settings", ", ".join(shown)))
     tokens = training.get("tokens")
     if isinstance(tokens, dict):
-        named = [f"{value:,} {key}" for key, value in tokens.items() if isinstance(value, int)]
-        facts.append(("tokens", ", ".join(named[:3])))
+        named = [
+            f"{tokens[key]:,} {key}" for key in ("processed", "trained") if isinstance(tokens.get(key), int)
+        ]
+        facts.append(("tokens", ", ".join(named)))
     elif isinstance(tokens, int):
         facts.append(("tokens", f"{tokens:,}"))
     data = training.get("data")
@@ -220,6 +222,8 @@ def _merge(path: Path, model: Checkpoint | None, error: MedmergeError | None) ->
             for label, entry in (adapters.items() if isinstance(adapters, dict) else ())
             if isinstance(entry, dict)
         ),
+        by_tensor=isinstance(adapters, dict)
+        and any(isinstance(e, dict) and isinstance(e.get("weight"), dict) for e in adapters.values()),
         error=error.message if error else "",
     )
 

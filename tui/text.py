@@ -50,16 +50,19 @@ def bar(fraction: float, width: int) -> Content:
     return Content.assemble(("━" * done, "$primary"), ("━" * (width - done), "$rule"))
 
 
-def sparkline(values: Sequence[float], width: int = 0) -> str:
-    """Values as eighth blocks, from 0 to the largest; means of equal parts when there are more than `width`.
-
-    A value that is not finite leaves a gap. An empty sequence gives "".
+def sparkline(values: Sequence[float], width: int = 0, from_zero: bool = True) -> str:
+    """Values as eighth blocks, from 0 (or the smallest) to the largest; means of equal parts when there are more
+    than `width`. A value that is not finite leaves a gap. An empty sequence gives "".
     """
     points = list(values)
     if width and len(points) > width:
         edges = [round(i * len(points) / width) for i in range(width + 1)]
         points = [_mean(points[a:b]) for a, b in pairwise(edges)]
     finite = [value for value in points if math.isfinite(value)]
+    if not from_zero and finite:
+        lowest = min(finite)
+        points = [value - lowest for value in points]
+        finite = [value - lowest for value in finite]
     top = max(finite, default=0.0)
     if top <= 0:
         return "".join("▁" if math.isfinite(value) else " " for value in points)
@@ -67,6 +70,18 @@ def sparkline(values: Sequence[float], width: int = 0) -> str:
         _EIGHTHS[min(7, max(0, math.ceil(value / top * 8) - 1))] if math.isfinite(value) else " "
         for value in points
     )
+
+
+def smooth(points: Sequence[tuple[float, float]], keep: float = 0.9) -> tuple[tuple[float, float], ...]:
+    """Exponential moving average of y, s = keep * s + (1 - keep) * y, corrected for its start as in Adam
+    (arXiv 1412.6980, section 3); points that are not finite are passed through and not averaged."""
+    out, mean, share = [], 0.0, 1.0
+    for x, y in points:
+        if math.isfinite(y):
+            mean, share = keep * mean + (1 - keep) * y, share * keep
+            y = mean / (1 - share)
+        out.append((x, y))
+    return tuple(out)
 
 
 def _mean(values: Sequence[float]) -> float:

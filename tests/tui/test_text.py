@@ -44,6 +44,16 @@ def test_bar_has_its_width(fraction: float, width: int) -> None:
     assert text.bar(fraction, width).cell_length == width
 
 
+def test_sparkline_from_the_smallest() -> None:
+    assert text.sparkline([2, 4, 6], from_zero=False) == "▁▄█"
+
+
+def test_smooth_keeps_a_constant_and_follows_a_step() -> None:
+    assert [round(y, 9) for _, y in text.smooth([(i, 3.0) for i in range(5)])] == [3.0] * 5
+    out = text.smooth([(0, 1.0), (1, math.nan), (2, 3.0)], keep=0.5)
+    assert math.isnan(out[1][1]) and out[2] == (2, pytest.approx((0.25 * 1 + 0.5 * 3) / 0.75))
+
+
 def test_names_of_mixtures() -> None:
     assert text.weight_name({"pt": 0.3, "sft": 0.7}) == "pt30-sft70"
     assert text.weight_name({"pt": 0.125, "sft": 1.0}) == "pt12_5-sft100"

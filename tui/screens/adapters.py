@@ -173,7 +173,10 @@ class AdaptersScreen(MedScreen):
         if detail.curve:
             losses = [loss for _, loss in detail.curve]
             words = f"{losses[0]:.2f} → {losses[-1]:.2f} in {detail.curve[-1][0]:,.0f} steps"
-            lines += [Content(""), fact("loss", Content.styled(sparkline(losses, room), style))]
+            lines += [
+                Content(""),
+                fact("loss", Content.styled(sparkline(losses, room, from_zero=False), style)),
+            ]
             lines.append(fact("", Content.styled(words, "$faint")))
         if detail.facts:
             lines.append(Content(""))

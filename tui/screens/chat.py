@@ -166,23 +166,23 @@ class ChatScreen(MedScreen):
 
     def _find_live(self) -> None:
         """Seat both panes on the newest live preparation of the chosen base and adapters."""
-        selection = self.med.selection
+        selection, found = self.med.selection, None
         for job in self.med.jobs:
             if job.kind != "live" or job.state != "done" or job.exit_code:
                 continue
-            if job.params.get("base") != selection.base or job.params.get("adapters") != selection.labels():
-                continue
-            source = live_source(job.result)
-            if source is None or source == self._live or not Path(source.path).exists():
+            if job.params.get("base") == selection.base and job.params.get("adapters") == selection.labels():
+                found = live_source(job.result)
+                if found and not Path(found.path).exists():
+                    found = None
                 break
-            self._live = source
+        if found != self._live:  # another base or adapter was chosen, or one was prepared anew
+            self._live = found
             for pane in PANES:
                 seat = self._seats[pane]
                 if seat.source is None or seat.source.live:
-                    seat.source, seat.scaled = source, None
-            if self.focused is None and self.is_current:
+                    seat.source, seat.scaled = found, None
+            if found and self.focused is None and self.is_current:
                 self.query_one("#prompt").focus()
-            break
         self._heads()
 
     def _warn(self) -> None:
@@ -344,8 +344,6 @@ class ChatScreen(MedScreen):
             return any(answer.busy for answer in self._answers.values())
         if action == "again":
             return any(seat.messages for seat in self._seats.values())
-        if action == "prepare":
-            return self._live is None
         return True
 
     def action_prompt(self) -> None:

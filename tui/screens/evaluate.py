@@ -282,14 +282,13 @@ class EvaluateScreen(MedScreen):
         self.app.push_screen(PickScreen("Which run", choices, self._run), picked)
 
     def command(self) -> Action | None:
-        """The sweep that `e` offers first."""
-        configs = self._configs()
-        if not configs:
+        """The sweep that `e` offers first; one made for the chosen adapters is written, so the line works."""
+        configs, overview, selection = self._configs(), self.med.overview, self.med.selection
+        if not configs or overview is None:
             return None
-        line = actions.command(
-            self.med.backend.root, "sweep", configs[0][0] or actions.sweep_file(self.med.backend.root)
-        )
-        return Action("sweep", "", command=line)
+        root = self.med.backend.root
+        config = configs[0][0] or actions.write_sweep(root, selection.base, selection.labels(), overview.data)
+        return Action("sweep", "", command=actions.command(root, "sweep", str(config)))
 
     def _configs(self) -> list[tuple[str, str]]:
         """Sweeps that can be started: (config file, words); "" stands for one made for the chosen adapters."""

@@ -101,7 +101,9 @@ class JobsScreen(MedScreen):
             lines += [
                 Content(""),
                 Content.assemble(
-                    ("loss  ", "$faint"), (sparkline(values, 60), "$primary"), f"  {values[-1]:.3f}"
+                    ("loss  ", "$faint"),
+                    (sparkline(values, 60, from_zero=False), "$primary"),
+                    f"  {values[-1]:.3f}",
                 ),
             ]
         if feed and feed.log:
@@ -140,7 +142,7 @@ class JobsScreen(MedScreen):
         self.app.push_screen(
             ConfirmScreen(
                 f"Cancel “{plain(job.title)}”?",
-                "It stops and cleans up after itself; nothing half-made is kept.",
+                "It stops and cleans up after itself. Training keeps its checkpoints, a sweep the rows it has.",
             ),
             answered,
         )

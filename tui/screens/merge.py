@@ -311,6 +311,13 @@ class MergeScreen(MedScreen):
                 severity="warning",
             )
             return
+        if row.by_tensor:
+            self.notify(
+                "its weights differ by tensor: it was verified when it was merged; "
+                "medmerge verify --manifest checks its files",
+                severity="warning",
+            )
+            return
         mixture = Mixture(row.base, dict(row.adapters), dict(row.weights), out=row.path)
         self.med.start_job(actions.verify(self.med.backend.root, row.path, mixture))
 

@@ -17,7 +17,7 @@ from tui.parts import job_line
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
 from tui.snapshots import AdapterDetail, JobFeed, JobRow, Overview
-from tui.text import cut
+from tui.text import cut, smooth
 from tui.widgets.choice import Choice
 from tui.widgets.field import Field
 from tui.widgets.plot import PlotPanel, Series
@@ -36,6 +36,7 @@ NUMBERS = (
 KINDS = (("pt", "PT: plain text"), ("sft", "SFT: conversations"))
 TEMPLATES = ("model", "chatml", "qwen3_nothink", "qwen3", "llama3")
 OVERLAID = 4
+SMOOTH_FROM = 60  # steps
 
 
 class TrainScreen(MedScreen):
@@ -82,7 +83,9 @@ class TrainScreen(MedScreen):
                     yield Field("my-pt", id="name")
                 yield Static(id="base", classes="faint")
             with Vertical(id="right"):
-                yield PlotPanel("loss", "step", "No run yet.  f the settings, t trains.", id="plot")
+                yield PlotPanel(
+                    "loss (smoothed)", "step", "No run yet.  f the settings, t trains.", id="plot"
+                )
                 yield Static(id="numbers")
                 yield SizedStatic(id="running")
 
@@ -171,15 +174,19 @@ class TrainScreen(MedScreen):
             shown_outputs.add(str(config.get("output")))
             kind = str(config.get("kind"))
             style = kind if kind in ("pt", "sft") else "primary"
-            series.append(Series(name, feed.curves["loss"], style, faded=age > 0))
+            series += _loss_series(name, feed.curves["loss"], style, age > 0)
             if feed.curves.get("eval_loss"):
-                series.append(Series("held out", feed.curves["eval_loss"], style, age > 0, "●", line=False))
+                series.append(
+                    Series(
+                        "held out", feed.curves["eval_loss"], style, age > 0, "●", line=False, named=age == 0
+                    )
+                )
             if not len(numbers):
                 numbers = _strip(feed, job)
         for label, path in self.med.selection.labels().items():
             detail = self._curves.get(path)
             if detail and detail.curve and path not in shown_outputs:
-                series.append(Series(Path(path).name, detail.curve, label, faded=bool(self._runs)))
+                series += _loss_series(Path(path).name, detail.curve, label, bool(self._runs))
         self.query_one("#plot", PlotPanel).show(series)
         self.query_one("#numbers", Static).update(numbers)
 
@@ -251,8 +258,12 @@ class TrainScreen(MedScreen):
         )
 
     def command(self) -> Action | None:
+        """The training as set, with its config file written: the line works as it stands."""
         config = self.config()
-        return None if isinstance(config, str) else actions.train(self.med.backend.root, config)
+        if isinstance(config, str):
+            return None
+        actions.write_config(self.med.backend.root, config)
+        return actions.train(self.med.backend.root, config)
 
     def action_train(self) -> None:
         config = self.config()
@@ -301,6 +312,14 @@ class TrainScreen(MedScreen):
             self.toggle_class("form-open")
         if form.display:
             self.query_one("#kind").focus()
+
+
+def _loss_series(name: str, points: tuple[tuple[float, float], ...], style: str, old: bool) -> list[Series]:
+    """A loss as one curve; a noisy one (many steps) as its moving average, with the steps faint behind it."""
+    if len(points) < SMOOTH_FROM:
+        return [Series(name, points, style, old)]
+    mean = Series(name, smooth(points), style, old)
+    return [mean] if old else [mean, Series(name, points, style, faded=True, named=False)]
 
 
 def _read_presets() -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

@@ -30,6 +30,7 @@ class Series:
     faded: bool = False
     marker: str = ""
     line: bool = True
+    named: bool = True  # whether it is in the legend
 
 
 class QuietPlot(PlotWidget, can_focus=False):
@@ -94,6 +95,7 @@ class PlotPanel(Vertical):
                 (plain(one.name), "$faint"),
             )
             for one in drawn
+            if one.named
         ]
         self.query_one(".title", Static).update(
             Content("   ").join([Content.styled(self.heading, "bold"), *legend])
