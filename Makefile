@@ -9,6 +9,8 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 .PHONY: demo test check lint types imports screenshots clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "medmerge needs Python 3.11 or newer, for example: make PYTHON=python3.12 demo"; exit 2; }
 	@echo "── making $(VENV) with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "── 1/3 torch (CPU or CUDA build, as your package index gives it)"
@@ -38,7 +40,7 @@ imports: $(VENV)/.installed
 check: lint types imports test  ## all that CI runs
 
 screenshots: $(VENV)/.installed  ## SVG and PNG of every screen, from the running app (PNG needs chromium)
-	@$(BIN)/python screenshots/make.py
+	@$(BIN)/python screenshots/make.py --workspace $(WORKSPACE)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

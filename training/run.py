@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,12 @@ def train(config: TrainConfig, run_folder: Path, events: EventWriter, resume: bo
     )
     reporter.trainer = trainer
     started = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        if not has_checkpoint(run_folder):  # nothing to resume from: do not block the name
+            shutil.rmtree(run_folder, ignore_errors=True)
+        raise
     seconds = round(time.time() - started, 1)
     history = trainer.state.log_history
     tokens = {
@@ -229,6 +235,11 @@ def steps_of(config: TrainConfig, blocks: int) -> int:
     """Optimizer steps: every epoch ends with a step, be it of fewer blocks."""
     batches = math.ceil(blocks / config.batch_size)
     return config.max_steps or math.ceil(math.ceil(batches / config.accumulation) * config.epochs)
+
+
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether the run has a checkpoint that was written to its end."""
+    return any(run_folder.glob("checkpoints/checkpoint-*/trainer_state.json"))
 
 
 def newest_checkpoint(run_folder: Path) -> str:

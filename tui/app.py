@@ -145,6 +145,11 @@ class MedmergeApp(App[None]):
         self._follow: dict[str, Action] = {}
         self._polling = False
 
+    @property
+    def waiting(self) -> tuple[Action, ...]:
+        """What was to start after a job that still runs; it needs the app."""
+        return tuple(self._follow.values())
+
     def get_theme_variable_defaults(self) -> dict[str, str]:
         return VARIABLE_DEFAULTS
 

@@ -90,6 +90,7 @@ class MergeRow:
     verdict: VerdictView | None = None
     base: str = ""  # paths of what went in, for verifying again
     adapters: tuple[tuple[str, str], ...] = ()
+    by_tensor: bool = False  # a weight differs by tensor (selectors): one number does not say it
     error: str = ""
 
 

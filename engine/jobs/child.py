@@ -49,7 +49,7 @@ def run_job(folder: Path) -> int:
         outcome = _call(folder, events)
         state.update(outcome, finished=time.time())
         if "result" in outcome:
-            events.emit("result", **outcome["result"])
+            events.emit("result", result=outcome["result"])
         else:
             events.emit(
                 "error", message=outcome["error"], hint=outcome["hint"], exit_code=outcome["exit_code"]

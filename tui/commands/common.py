@@ -112,7 +112,8 @@ def run_job(args: argparse.Namespace, spec: JobSpec, render: Callable[[dict[str,
             print_json({"job": job.id, "folder": str(job.folder)})
         else:
             print(job.id)
-            print(f"follow it: medmerge jobs follow {job.id}", file=sys.stderr)
+            where = shlex.quote(str(workspace.root))
+            print(f"follow it: medmerge jobs follow {job.id} --workspace {where}", file=sys.stderr)
         return 0
     job = follow(job, JobStore(workspace.jobs), cancel_on_interrupt=True)
     return report(job, as_json=args.json, render=render)
@@ -139,7 +140,8 @@ def follow(job: JobView, store: JobStore, cancel_on_interrupt: bool) -> JobView:
             print("cancelling …", file=sys.stderr)
             cancel(job)
             return store.get(job.id)
-        print(f"the job goes on; follow it again: medmerge jobs follow {job.id}", file=sys.stderr)
+        where = shlex.quote(str(store.folder.parent))
+        print(f"the job goes on: medmerge jobs follow {job.id} --workspace {where}", file=sys.stderr)
         raise
 
 

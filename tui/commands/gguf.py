@@ -62,7 +62,10 @@ def run(args: argparse.Namespace) -> int:
         return run_job(args, live_spec(args, base), render_live)
     if not args.out:
         raise BadRecipeError("--out is missing", "name the file to write, for example --out gguf/model.gguf")
-    out = Path(args.out).expanduser().absolute()
+    out = Path(args.out).expanduser()
+    if not out.parent.is_dir() and (workspace.root / out).parent.is_dir():
+        out = workspace.root / out
+    out = out.absolute()
     refuse_existing(out)
     params: dict[str, Any] = {"out": str(out), "type": args.type, "base": base, "pre": args.pre}
     if args.source:
