@@ -141,6 +141,7 @@ def _merge_shard(shard: ShardPlan, folder: Path, workers: int, progress: _Progre
             if shard.size:
                 os.posix_fallocate(target.fileno(), 0, shard.size)
             _write_all(target.fileno(), memoryview(shard.header), 0)
+            progress.add(len(shard.header), shard.name)
             work = _ShardWork(shard, source.fileno(), target.fileno(), source_hash, target_hash, progress)
             work.run(workers)
     except OSError as error:
