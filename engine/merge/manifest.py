@@ -38,7 +38,7 @@ def make_manifest(plan: Plan, hashes: list[FileHashes], folder: Path, seconds: f
         "recipe": plan.recipe.to_dict(),
         "asked": plan.asked,
         "base": _base(plan.base, {name: entry.source for name, entry in shards.items()}),
-        "adapters": {label: _adapter(adapter) for label, adapter in plan.adapters.items()},
+        "adapters": {label: describe_adapter(adapter) for label, adapter in plan.adapters.items()},
         "output": {
             "dtype": plan.dtype,
             "tensors_changed": len(plan.changed),
@@ -72,7 +72,8 @@ def _base(base: Checkpoint, shard_hashes: dict[str, str]) -> dict[str, Any]:
     return described
 
 
-def _adapter(adapter: Adapter) -> dict[str, Any]:
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """What a manifest says of an adapter that went in, with the SHA-256 of its files."""
     files = sorted(
         path
         for path in adapter.folder.iterdir()
