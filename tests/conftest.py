@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
 from engine.workspace import Workspace
+
+if TYPE_CHECKING:
+    from tests.engine.weights.variants import VariantCase
 
 # Tiny models gain nothing from threads, and spinning OpenMP threads are very slow beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +41,10 @@ class MakeAdapter(Protocol):
     def __call__(
         self, base: Path, rank: int = 8, b_std: float = 0.02, seed: int = 0, **peft_config: Any
     ) -> Path: ...
+
+
+class MakeVariant(Protocol):
+    def __call__(self, name: str) -> VariantCase: ...
 
 
 def build_tokenizer() -> Any:
@@ -157,6 +164,15 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def variant(tmp_path_factory: pytest.TempPathFactory) -> MakeVariant:
+    """A LoRA variant by name, with PEFT's own merge beside it (tests/engine/weights/variants.py lists them)."""
+    from tests.engine.weights import variants
+
+    folder = tmp_path_factory.mktemp("variants")
+    return lambda name: variants.variant(name, folder)
 
 
 @pytest.fixture
