@@ -1,0 +1,327 @@
+"""Several LoRA adapters into one: output kind `adapter` of a recipe. Called by engine/merge/execute.py.
+
+Exact, by stacking ranks (module by module R = sum of ranks, the weights and scales in B, alpha = R so that the
+adapter's own scale is 1), or cut to a given rank by an SVD whose error is known exactly (engine/merge/lowrank.py).
+Only plain low-rank changes can be summed like this; an adapter with DoRA, biases or saved modules is refused by
+name. The base is read by header only.
+
+Everything is written into `OUT.partial`, read back and checked (engine/merge/combine_check.py), and only then
+called OUT; what fails is kept as `OUT.rejected`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import __version__
+from engine.atomic import need_space, new_folder, refuse_existing, sync_tree, write_json
+from engine.errors import BadAdapterError, BadRecipeError
+from engine.jobs.events import EventWriter
+from engine.merge.combine_check import check_combined
+from engine.merge.combine_config import adapter_config, training_note
+from engine.merge.lowrank import Spectrum, Term, stack, truncate
+from engine.merge.manifest import FORMAT, NAME, describe_adapter
+from engine.weights import Adapter, Checkpoint, LoraFactor
+from engine.weights.adapter import CONFIG, MANIFEST, WEIGHTS
+from engine.weights.tensorfile import encode_header, file_sha256, read_rows
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of the sum. `weights`: base tensor name -> weight, for every tensor the adapter changes."""
+
+    label: str
+    path: Path
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of the merged adapter: delta = sum over terms of weight * factor.scale * B @ A."""
+
+    name: str
+    terms: tuple[tuple[str, float, LoraFactor], ...]  # (label, weight, factor), weights not 0
+    rank: int
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Names of A and B in the file, as PEFT writes them."""
+        return tuple(f"base_model.model.{self.name}.lora_{half}.weight" for half in "AB")  # type: ignore[return-value]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        _, _, factor = self.terms[0]
+        return (self.rank, factor.a.shape[1]), (factor.b.shape[0], self.rank)
+
+
+def combine(
+    base_folder: Path,
+    parts: Sequence[Part],
+    out: Path,
+    events: EventWriter,
+    rank: int | None = None,
+    document: Mapping[str, Any] | None = None,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Write one adapter whose delta is the weighted sum of the parts' deltas (rank None), or its best
+    approximation of at most `rank` per module.
+
+    A module that only some parts change is the sum of those; one whose weights are all 0 is left out. The file is
+    float32. `document` is the recipe as it goes into the manifest.
+
+    Returns:
+        JSON: `out`, `seconds`, `bytes_written`, `manifest`, `verdict` (None without verification), `exit_code`
+        (0, or 1 when the check said no and `out` is the `.rejected` folder), and `combined`: `rank` (largest),
+        `modules`, `error` and `energy` over all modules, `per_module` [{name, rank, full_rank, norm, error,
+        energy, rank_99}] (99% of the squared norm; without an SVD error is 0 and rank_99 null).
+
+    Raises:
+        BadRecipeError: no parts, a rank under 1, all weights 0, an output that overlaps an input.
+        BadAdapterError: an adapter that does not fit the base or is no plain LoRA (named), NaN or infinity.
+        TargetExistsError, NoSpaceError: nothing is left behind.
+    """
+    started = time.monotonic()
+    refuse_existing(out)
+    _refuse_overlap(out, [("the base", base_folder)] + [(f"adapter {p.label}", p.path) for p in parts])
+    if rank is not None and rank < 1:
+        raise BadRecipeError(f"output.rank is {rank}, expected at least 1", "leave it out for the exact sum")
+    base = Checkpoint.open(base_folder)
+    adapters = {part.label: Adapter.open(part.path) for part in parts}
+    modules = _modules(base, adapters, parts, rank)
+    header = encode_header(
+        [(k, "F32", s) for m in modules for k, s in zip(m.keys, m.shapes, strict=True)], {"format": "pt"}
+    )
+    size = len(header) + sum(4 * math.prod(shape) for m in modules for shape in m.shapes)
+    need_space(out.parent, size + 64_000_000, "the merged adapter")
+    verdict, kept = None, out
+    with new_folder(out) as partial:
+        spectra, sha256 = _write(partial / WEIGHTS, header, modules, rank is not None, events)
+        config = adapter_config(base, list(adapters.values()), {m.name: m.rank for m in modules})
+        write_json(partial / CONFIG, config)
+        note = training_note(adapters)
+        if note:
+            write_json(partial / MANIFEST, note)
+        _copy_tokenizer(adapters, partial, events)
+        summary = _summary(modules, spectra)
+        record = _manifest(base, adapters, parts, partial, out.name, document, sha256, rank, summary)
+        write_json(partial / NAME, {**record, "seconds": round(time.monotonic() - started, 3)})
+        if verify:
+            dropped = {name: (s.dropped, s.norm) for name, s in spectra.items()}
+            verdict = check_combined(partial, [(p.path, p.weights) for p in parts], dropped, events)
+        record["verification"] = {"done": False, "message": "not verified: made with --no-verify"}
+        if verdict is not None:
+            record["verification"] = {"done": True, **{k: v for k, v in verdict.items() if k != "wrong"}}
+        record["seconds"] = round(time.monotonic() - started, 3)
+        write_json(partial / NAME, record)
+        if verdict is not None and not verdict["ok"]:
+            kept = _reject(partial, out)
+    return {
+        "out": str(kept),
+        "seconds": record["seconds"],
+        "bytes_written": size,
+        "manifest": record,
+        "verdict": verdict,
+        "combined": summary,
+        "exit_code": verdict["exit_code"] if verdict else 0,
+    }
+
+
+def _modules(
+    base: Checkpoint, adapters: Mapping[str, Adapter], parts: Sequence[Part], rank: int | None
+) -> list[Module]:
+    """What is summed where, in the order of the first adapter that changes each module."""
+    if not parts:
+        raise BadRecipeError("there is no adapter to merge", "name at least one under `adapters:`")
+    terms: dict[str, list[tuple[str, float, LoraFactor]]] = {}
+    for part in parts:
+        for name, factor in adapters[part.label].match(base).items():
+            if name not in part.weights:
+                raise BadRecipeError(f"adapter {part.label}: no weight for {name}")
+            weight = float(part.weights[name])
+            if weight != 0.0:
+                terms.setdefault(factor.module, []).append((part.label, weight, factor))
+    if not terms:
+        raise BadRecipeError("every weight is 0: the merged adapter would be empty", "give one a weight")
+    modules = []
+    for name, found in terms.items():
+        full = sum(factor.rank for _, _, factor in found)
+        modules.append(Module(name, tuple(found), full if rank is None else min(rank, full)))
+    return modules
+
+
+def _write(
+    path: Path, header: bytes, modules: Sequence[Module], by_svd: bool, events: EventWriter
+) -> tuple[dict[str, Spectrum], str]:
+    """Write the safetensors file, module by module. Returns the spectra (empty when stacked) and the SHA-256."""
+    spectra: dict[str, Spectrum] = {}
+    digest = hashlib.sha256(header)
+    with path.open("wb") as file:
+        file.write(header)
+        for done, module in enumerate(modules, 1):
+            b, a = stack([_term(label, weight, factor) for label, weight, factor in module.terms])
+            if by_svd:
+                b, a, spectra[module.name] = truncate(b, a, module.rank)
+            for half, shape in zip((a, b), module.shapes, strict=True):
+                if np.abs(half).max() > _FLOAT32_MAX:
+                    raise BadRecipeError(
+                        f"{module.name}: weight times scale times B is beyond float32", "use smaller weights"
+                    )
+                data = np.ascontiguousarray(half, dtype="<f4").reshape(shape).tobytes()
+                digest.update(data)
+                file.write(data)
+            events.progress(done, len(modules), unit="modules", message=module.name, phase="combine")
+    return spectra, digest.hexdigest()
+
+
+def _term(label: str, weight: float, factor: LoraFactor) -> Term:
+    a, b = read_rows(factor.a), read_rows(factor.b)
+    for info, values in ((factor.a, a), (factor.b, b)):
+        if not np.isfinite(values).all():
+            raise BadAdapterError(
+                f"{info.file}: {info.name} holds NaN or infinity",
+                f"adapter {label} is broken: train it again, or use an earlier checkpoint of its run",
+            )
+    return Term(weight * factor.scale, b, a)
+
+
+def _summary(modules: Sequence[Module], spectra: Mapping[str, Spectrum]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for module in modules:
+        row: dict[str, Any] = {
+            "name": module.name,
+            "rank": module.rank,
+            "full_rank": sum(factor.rank for _, _, factor in module.terms),
+        }
+        spectrum = spectra.get(module.name)
+        if spectrum is None:
+            row |= {"norm": None, "error": 0.0, "energy": 1.0, "rank_99": None}
+        else:
+            row |= {
+                "norm": spectrum.norm, "error": spectrum.error, "energy": spectrum.energy,
+                "rank_99": spectrum.rank_for(0.99),
+            }  # fmt: skip
+        rows.append(row)
+    square = sum(spectrum.norm**2 for spectrum in spectra.values())
+    dropped = sum(spectrum.dropped**2 for spectrum in spectra.values())
+    share = dropped / square if square > 0 else 0.0
+    return {
+        "how": "svd" if spectra else "stacked",
+        "rank": max(module.rank for module in modules),
+        "modules": len(modules),
+        "error": math.sqrt(share),
+        "energy": 1.0 - share,
+        "per_module": rows,
+    }
+
+
+def _manifest(
+    base: Checkpoint,
+    adapters: Mapping[str, Adapter],
+    parts: Sequence[Part],
+    folder: Path,
+    name: str,
+    document: Mapping[str, Any] | None,
+    sha256: str,
+    rank: int | None,
+    summary: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest of a merged adapter; of the base only its config is named, since only headers were read."""
+    asked = {part.label: _asked(part) for part in parts}
+    return {
+        "format": FORMAT,
+        "name": name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "recipe": dict(document or {}),
+        "asked": asked,
+        "base": {
+            "name": base.name,
+            "path": str(base.folder),
+            "files": {"config.json": file_sha256(base.folder / "config.json")},
+        },
+        "adapters": {label: describe_adapter(adapter) for label, adapter in adapters.items()},
+        "output": {
+            "kind": "adapter",
+            "dtype": "float32",
+            "rank": rank,
+            "tensors_changed": summary["modules"],
+            "combined": {key: summary[key] for key in ("how", "rank", "modules", "error", "energy")},
+            "files": {
+                path.name: sha256 if path.name == WEIGHTS else file_sha256(path) for path in _files(folder)
+            },
+        },
+        "versions": {
+            "medmerge": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        "verification": None,
+    }
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.name != NAME:
+            yield path
+
+
+def _asked(part: Part) -> float | dict[str, float]:
+    """One number where all tensors have the same weight, else every tensor's."""
+    weights = set(part.weights.values())
+    return weights.pop() if len(weights) == 1 else dict(part.weights)
+
+
+def _copy_tokenizer(adapters: Mapping[str, Adapter], folder: Path, events: EventWriter) -> None:
+    """Tokenizer and template files of the first source that has any; says when another's differ."""
+    chosen = ""
+    for label, adapter in adapters.items():
+        found = [adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()]
+        if not found:
+            continue
+        if not chosen:
+            chosen = label
+            for path in found:
+                shutil.copyfile(path, folder / path.name)
+            continue
+        for path in found:
+            mine = folder / path.name
+            if not mine.is_file() or file_sha256(mine) != file_sha256(path):
+                events.warning(f"{path.name} of adapter {label} differs from {chosen}'s: {chosen}'s is kept")
+
+
+def _refuse_overlap(out: Path, inputs: Sequence[tuple[str, Path]]) -> None:
+    target = out.resolve()
+    for what, path in inputs:
+        place = path.resolve()
+        if target == place or target in place.parents or place in target.parents:
+            raise BadRecipeError(
+                f"the output {out} is, contains or is inside {what} ({path})",
+                "choose a folder outside the inputs",
+            )
+
+
+def _reject(partial: Path, target: Path) -> Path:
+    """Keep what failed its check beside the target, under a name that is free."""
+    (partial / ".owner.json").unlink(missing_ok=True)
+    sync_tree(partial)
+    kept, number = target.with_name(f"{target.name}.rejected"), 1
+    while kept.exists():
+        number += 1
+        kept = target.with_name(f"{target.name}.rejected-{number}")
+    partial.rename(kept)
+    return kept

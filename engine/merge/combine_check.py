@@ -1,0 +1,164 @@
+"""Reads a merged adapter back and compares its delta with the weighted sum of its sources. Plain code of its own.
+
+It shares with engine/merge/combine.py only the reading of tensor bytes: configs, ranks, scales, key names and
+sums are worked out again here. Two checks of every module, D = sum_k w_k s_k B_k A_k in float64:
+
+    elements    sampled rows of s' B' A' lie within 3 * 2^-24 sum_k |w_k s_k B_k| |A_k| of D: one rounding of
+                each element of B', and of float64 sources (only when stacked)
+    distance    ||D - s' B' A'||_F, from the triangles of the stacked factors, equals what was said to be dropped
+                (0 when stacked) within 1e-6 ||D||
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.jobs.events import EventWriter
+from engine.weights.tensorfile import TensorFile, TensorInfo, read_rows
+
+Matrix = npt.NDArray[np.float64]
+ROWS = 8  # sampled rows of B of each module
+ELEMENT_BOUND = 3 * 2.0**-24
+DISTANCE_BOUND = 1e-6  # of ||D||: the factors are float32, rounded at 6e-8
+_MODULE = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?(?:\.weight)?$")
+
+
+class _Source:
+    """One adapter folder as this check reads it: factors and scale of each module."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        self.halves: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in TensorFile.open(folder / "adapter_model.safetensors").tensors.items():
+            found = _MODULE.match(name)
+            if found:
+                self.halves.setdefault(found[1], {})[found[2]] = info
+
+    def scale(self, module: str) -> float:
+        rank = self._of("rank_pattern", module, self.config["r"])
+        alpha = self._of("alpha_pattern", module, self.config["lora_alpha"])
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else float(rank))
+
+    def _of(self, pattern: str, module: str, otherwise: Any) -> Any:
+        for key, value in (self.config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        return otherwise
+
+    def factors(self, module: str) -> tuple[Matrix, Matrix]:
+        """B (out, r) with the scale in it, A (r, in), float64."""
+        pair = self.halves[module]
+        a, b = read_rows(pair["A"]).astype(np.float64), read_rows(pair["B"]).astype(np.float64)
+        return self.scale(module) * b, a
+
+
+def check_combined(
+    folder: Path,
+    sources: Sequence[tuple[Path, Mapping[str, float]]],
+    dropped: Mapping[str, tuple[float, float]],
+    events: EventWriter,
+) -> dict[str, Any]:
+    """Compare the adapter in `folder` with its sources.
+
+    Args:
+        sources: (folder, {base tensor name: weight}) of every summand.
+        dropped: {module: (||D - D_r||_F, ||D||_F)} as the SVD said, empty when the ranks were stacked.
+
+    Returns:
+        JSON: ok, verdict ("ok", "unknown_delta", "missing", "unexpected_change"), message, findings, modules_checked,
+        elements_checked, elements_differing, error (||D - D'||_F / ||D||_F over all modules), worst (module with
+        the largest distance from what was said), wrong ([module names]), exit_code 0 or 1.
+    """
+    written, opened = _Source(folder), [(_Source(path), weights) for path, weights in sources]
+    wanted = {
+        module
+        for source, weights in opened
+        for module in source.halves
+        if weights.get(f"{module}.weight", 0.0) != 0.0
+    }
+    missing, strays = sorted(wanted - written.halves.keys()), sorted(written.halves.keys() - wanted)
+    wrong: list[str] = []
+    elements = differing = 0
+    square = distance = 0.0
+    worst, worst_by = "", -1.0
+    names = sorted(wanted & written.halves.keys())
+    for done, module in enumerate(names, 1):
+        terms = [
+            (weights[f"{module}.weight"], *source.factors(module))
+            for source, weights in opened
+            if module in source.halves and weights.get(f"{module}.weight", 0.0) != 0.0
+        ]
+        b, a = written.factors(module)
+        count, bad = _elements(module, terms, b, a) if module not in dropped else (0, 0)
+        norm, found = _distance(terms, b, a)
+        said = dropped.get(module, (0.0, norm))
+        off = max(abs(found - said[0]), abs(norm - said[1])) / norm if norm > 0 else found
+        if bad or not off <= DISTANCE_BOUND:
+            wrong.append(module)
+        if off > worst_by:
+            worst, worst_by = module, off
+        elements, differing = elements + count, differing + bad
+        square, distance = square + norm**2, distance + found**2
+        events.progress(done, len(names), unit="modules", message=module, phase="verify")
+    findings = []
+    for code, modules, what in (
+        ("missing", missing, "modules are not in the file"),
+        ("unexpected_change", strays, "modules should not be in the file"),
+        ("unknown_delta", wrong, "modules are not the weighted sum of their sources"),
+    ):
+        if modules:
+            text = f"{len(modules)} {what}, the first is {modules[0]}"
+            findings.append({"code": code, "detail": ", ".join(modules[:8]), "message": text})
+    error = math.sqrt(distance / square) if square > 0 else 0.0
+    kind = f"its best approximation, {error:.2%} away" if dropped else "exact in float32"
+    good = f"every module is the weighted sum of its sources ({kind}); {len(names)} modules checked"
+    return {
+        "ok": not findings,
+        "verdict": findings[0]["code"] if findings else "ok",
+        "message": findings[0]["message"] if findings else good,
+        "findings": findings or [{"code": "ok", "detail": "", "message": good}],
+        "modules_checked": len(names),
+        "elements_checked": elements,
+        "elements_differing": differing,
+        "error": error,
+        "worst": {"name": worst, "off": max(worst_by, 0.0)},
+        "wrong": missing + strays + wrong,
+        "exit_code": 1 if findings else 0,
+    }
+
+
+def _elements(
+    module: str, terms: Sequence[tuple[float, Matrix, Matrix]], b: Matrix, a: Matrix
+) -> tuple[int, int]:
+    """Elements of sampled rows that were compared, and those beyond the bound."""
+    rows = np.unique(np.linspace(0, b.shape[0] - 1, ROWS).astype(np.int64))
+    want = sum(w * (b_k[rows] @ a_k) for w, b_k, a_k in terms)
+    size = sum(abs(w) * (np.abs(b_k[rows]) @ np.abs(a_k)) for w, b_k, a_k in terms)
+    # The smallest float32 is 2^-149: below the normal numbers B rounds to multiples of it.
+    floor = 2.0**-149 * np.abs(a).sum(axis=0)
+    got = b[rows] @ a
+    beyond = ~(np.abs(got - want) <= ELEMENT_BOUND * size + floor)  # NaN is beyond, too
+    return int(got.size), int(np.count_nonzero(beyond))
+
+
+def _distance(terms: Sequence[tuple[float, Matrix, Matrix]], b: Matrix, a: Matrix) -> tuple[float, float]:
+    """||D||_F and ||D - B A||_F in float64. Seen as one stack of factors [w_k B_k, -B] [A_k; A], whose thin
+    triangles keep what subtraction of Gram sums would lose."""
+    left = [w * b_k for w, b_k, _ in terms]
+    right = [a_k for _, _, a_k in terms]
+    norm = _norm(np.concatenate(left, axis=1), np.concatenate(right, axis=0))
+    return norm, _norm(np.concatenate([*left, -b], axis=1), np.concatenate([*right, a], axis=0))
+
+
+def _norm(left: Matrix, right: Matrix) -> float:
+    """||L R||_F = ||T_L T_R^T||_F with the triangles of thin QR factorisations."""
+    one, two = np.asarray(np.linalg.qr(left, mode="r")), np.asarray(np.linalg.qr(right.T, mode="r"))
+    return float(np.linalg.norm(one @ two.T))

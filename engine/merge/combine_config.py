@@ -1,0 +1,81 @@
+"""The small files of a merged adapter: adapter_config.json as PEFT reads it, and training.json for our own.
+
+Called by engine/merge/combine.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.weights import Adapter, Checkpoint
+
+
+def adapter_config(base: Checkpoint, sources: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """A LoraConfig for modules of these ranks ({module: rank}), each with scale alpha / r = 1.
+
+    The commonest rank is `r`; others stand in `rank_pattern` and, equal, in `alpha_pattern`. `target_modules` are
+    last parts of names where those mean exactly these modules of the base, else whole module names: PEFT would
+    put an untrained adapter on every further module a short name matches.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = _patterns(ranks, common)
+    names = {source.base_name for source in sources if source.base_name}
+    tasks = {str(source.config.get("task_type")) for source in sources if source.config.get("task_type")}
+    return {
+        "peft_type": "LORA",
+        "task_type": tasks.pop() if len(tasks) == 1 else None,
+        "base_model_name_or_path": names.pop() if len(names) == 1 else base.name,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": _targets(base, ranks),
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": any(bool(source.config.get("fan_in_fan_out")) for source in sources),
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
+def _patterns(ranks: Mapping[str, int], common: int) -> dict[str, int]:
+    """{last part or module name: rank} of the modules that do not have the common rank."""
+    by_last: dict[str, set[int]] = {}
+    for name, rank in ranks.items():
+        by_last.setdefault(name.rsplit(".", 1)[-1], set()).add(rank)
+    found = {}
+    for name, rank in ranks.items():
+        last = name.rsplit(".", 1)[-1]
+        if len(by_last[last]) == 1:
+            if rank != common:
+                found[last] = rank
+        elif rank != common:
+            found[name] = rank
+    return found
+
+
+def _targets(base: Checkpoint, ranks: Mapping[str, int]) -> list[str]:
+    lasts = {name.rsplit(".", 1)[-1] for name in ranks}
+    meant = {
+        tensor.rpartition(".")[0]
+        for tensor in base.tensors
+        if tensor.rpartition(".")[0].rsplit(".", 1)[-1] in lasts
+    }
+    return sorted(lasts if meant <= ranks.keys() else ranks)
+
+
+def training_note(sources: Mapping[str, Adapter]) -> dict[str, Any] | None:
+    """training.json of the merged adapter: the chat template all sources agree on. None when they do not.
+
+    A source of kind "pt" that names no template was trained on plain text and has no say.
+    """
+    heard = [s.template for s in sources.values() if s.template or s.kind != "pt"]
+    templates = set(heard)
+    if len(templates) != 1 or "" in templates:
+        return None
+    return {"format": "medmerge.training/1", "kind": "merged", "template": templates.pop()}
