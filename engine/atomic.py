@@ -6,7 +6,6 @@ Used by everything that writes a result: merges (folders), GGUF files, manifests
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -14,10 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BadInputError, NoSpaceError, TargetExistsError
+from engine.claim import NO_SPACE, claim, start_time
+from engine.errors import BadInputError, MedmergeError, NoSpaceError, TargetExistsError
+
+__all__ = [
+    "JOURNAL", "NO_SPACE", "PARTIAL", "fsync_path", "need_space", "new_folder", "partial_path",
+    "refuse_existing", "start_time", "sync_tree", "worth_resuming", "write_json", "write_text",
+]  # fmt: skip
 
 PARTIAL = ".partial"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota, file size limit
+JOURNAL = ".journal.jsonl"  # in a partial: line 1 says what is made, further lines what of it is done
+_OLD_OWNER = ".owner.json"  # how a partial named its owner before there were locks
 
 
 def fsync_path(path: Path) -> None:
@@ -84,72 +90,108 @@ def partial_path(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     """A `.partial` folder that becomes `target` when the block ends without error.
 
-    A `.partial` left by a process that died is removed first (its lock is gone); one that a living process
-    holds is refused. On error the partial folder is removed, so nothing half-made is left behind.
-    The block may rename the folder away itself (a rejected merge); then nothing more happens.
+    One process at a time writes a target: a second one is refused, and told who the first is. On error the
+    partial folder is removed, so nothing half-made is left behind. The block may rename the folder away itself
+    (a rejected merge); then nothing more happens.
+
+    With `resume`, a partial whose journal (`JOURNAL`, see engine.merge.journal) holds finished work outlives
+    its process: it is handed to the next block that asks with `resume`, and an error that is not the input's
+    fault keeps it and says so in its hint. Without, what a dead process left is removed first.
+
+    Raises:
+        TargetExistsError: there is something at `target`, before or after.
+        BadInputError: another process writes it, or the folder cannot be written, or a `.partial` lies there
+            that is not known to be ours.
+        NoSpaceError: the disk filled up.
     """
     refuse_existing(target)
     partial = partial_path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    claim_partial(partial)
+    _make_parent(target)
+    with claim(partial) as left_over:
+        refuse_existing(target)
+        _prepare(partial, left_over, resume)
+        try:
+            yield partial
+            if partial.exists():
+                (partial / JOURNAL).unlink(missing_ok=True)
+                sync_tree(partial)
+                refuse_existing(target)
+                partial.rename(target)
+                fsync_path(target.parent)
+        except OSError as error:
+            kept = _keep(partial, resume)
+            if error.errno in NO_SPACE:
+                what = f"what is done is kept in {partial}" if kept else "nothing was kept"
+                then = "free some space and run it again" + (": it goes on from there" if kept else "")
+                raise NoSpaceError(f"the disk filled up while writing {target}; {what}", then) from error
+            raise
+        except BadInputError:
+            _keep(partial, False)
+            raise
+        except MedmergeError as error:
+            if _keep(partial, resume):
+                said = f"{error.hint}; " if error.hint else ""
+                error.hint = (
+                    f"{said}what is done is kept in {partial}: run it again and it goes on from there"
+                )
+            raise
+        except BaseException:
+            _keep(partial, resume)
+            raise
+
+
+def worth_resuming(partial: Path) -> bool:
+    """Whether a partial folder's journal says that something is done: a line beyond the first."""
     try:
-        yield partial
-        if partial.exists():
-            (partial / _OWNER).unlink(missing_ok=True)
-            sync_tree(partial)
-            refuse_existing(target)
-            partial.rename(target)
-            fsync_path(target.parent)
+        with (partial / JOURNAL).open("rb") as file:
+            return sum(line.endswith(b"\n") for _, line in zip(range(2), file, strict=False)) == 2
+    except OSError:
+        return False
+
+
+def _keep(partial: Path, resume: bool) -> bool:
+    """After an error: keep the partial folder if that is asked and worth it, else remove it."""
+    if resume and worth_resuming(partial):
+        return True
+    shutil.rmtree(partial, ignore_errors=True)
+    return False
+
+
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in NO_SPACE:
-            raise NoSpaceError(
-                f"the disk filled up while writing {target}; nothing was kept",
-                "free some space and run it again",
-            ) from error
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise BadInputError(
+            f"cannot make the folder {target.parent}: {error.strerror}",
+            "choose an output folder you can write to",
+        ) from error
 
 
-_OWNER = ".owner.json"
+def _prepare(partial: Path, left_over: bool, resume: bool) -> None:
+    """An empty partial folder, or one to go on with. What is not known to be ours is never removed.
 
-
-def claim_partial(partial: Path) -> None:
-    """Make the partial folder ours: refuse one that a living process owns, remove a dead one's."""
-    if partial.exists():
-        owner = _owner(partial)
-        if owner and _alive(*owner):
+    Ours is what a holder of the lock left when it died (`left_over`), and what carries a journal.
+    """
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise BadInputError(
+            f"{partial} is there and is no folder of ours", "move it away, or choose another name"
+        )
+    if partial.is_dir():
+        if resume and worth_resuming(partial):
+            return
+        ours = left_over or any((partial / name).is_file() for name in (JOURNAL, _OLD_OWNER))
+        if not ours and any(partial.iterdir()):
             raise BadInputError(
-                f"{partial} is being written by process {owner[0]}", "wait for it, or cancel that job first"
+                f"{partial} is there, and nothing says that this program left it",
+                "look into it, then remove it yourself or choose another name",
             )
         shutil.rmtree(partial)
-    partial.mkdir()
-    (partial / _OWNER).write_text(json.dumps({"pid": os.getpid(), "start": start_time(os.getpid())}))
-
-
-def _owner(partial: Path) -> tuple[int, float] | None:
     try:
-        raw = json.loads((partial / _OWNER).read_text())
-        return int(raw["pid"]), float(raw["start"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def start_time(pid: int) -> float:
-    """When a living process started (Unix seconds), 0.0 if there is none: pid and start name a process."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return 0.0
-
-
-def _alive(pid: int, start: float) -> bool:
-    return start > 0 and abs(start_time(pid) - start) < 1.0
+        partial.mkdir()
+    except OSError as error:
+        raise BadInputError(
+            f"cannot write in {partial.parent}: {error.strerror}", "choose an output folder you can write to"
+        ) from error

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.atomic import need_space, new_folder, refuse_existing, sync_tree, write_json
+from engine.atomic import JOURNAL, need_space, new_folder, refuse_existing, sync_tree, write_json
 from engine.jobs.events import EventWriter
 from engine.merge import manifest as manifests
 from engine.merge.plan import Plan, config_text, make_plan, refuse_broken_adapters
@@ -21,8 +21,7 @@ from engine.merge.selectors import DEFAULT
 from engine.merge.stream import stream_merge
 from engine.weights.checkpoint import INDEX
 
-OWNER = ".owner.json"
-NOT_WEIGHTS = (OWNER, manifests.NAME)
+NOT_WEIGHTS = (JOURNAL, manifests.NAME)
 _COMPANION_ROOM = 64_000_000  # bytes kept free for tokenizer, configs and the manifest
 
 
@@ -96,7 +95,7 @@ def summary(verdict: dict[str, Any] | None) -> dict[str, Any]:
 
 def reject(partial: Path, target: Path) -> Path:
     """Keep a merge that failed its verification beside the target, under a name that is free."""
-    (partial / OWNER).unlink(missing_ok=True)
+    (partial / JOURNAL).unlink(missing_ok=True)
     sync_tree(partial)
     kept = target.with_name(target.name + ".rejected")
     number = 1
