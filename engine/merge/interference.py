@@ -4,33 +4,37 @@ With dW = s B A and <X, Y> = sum(X * Y):
 
     <dW_1, dW_2>  = s_1 s_2 sum((B_1^T B_2) * (A_1 A_2^T))           an r x r product instead of out x in
     cosine        = <dW_1, dW_2> / (||dW_1|| ||dW_2||)
-    overlap       = ||Q_1^T Q_2||_F^2 / min(r_1, r_2)                 Q: orthonormal basis of the columns of B
-                                                                      (column space) or of A^T (row space)
+    norm ratio    = ||dW_1|| / ||dW_2||
+    angles        = principal angles between the columns of B_1 and B_2 (column space), and between those of
+                    A_1^T and A_2^T (row space), in degrees       (engine/merge/subspaces.py)
+    overlap       = ||Q_1^T Q_2||_F^2 / min(r_1, r_2)             Q: orthonormal basis of one of those spaces
     sign conflict = share of elements where both are non-zero and of opposite sign, on sampled rows
 
-The overlap is the mean squared cosine of the principal angles (Björck and Golub 1973): 1 when one space holds
-the other, about r / n for random spaces in n dimensions, which is given beside it. Random deltas have sign
-conflict 1/2 and cosine 0. Called by engine/merge/job.py for `medmerge interference`.
+The overlap is the mean squared cosine of the principal angles: 1 when one space holds the other, about r / n for
+random spaces in n dimensions, which is given beside it. Random deltas have sign conflict 1/2, cosine 0, and
+angles near 90 degrees when r is small beside n. Time and memory grow as width * rank^2, never as width^2.
+Called by engine/merge/job.py for `medmerge interference`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.errors import BadAdapterError, BadRecipeError
 from engine.jobs.events import EventWriter
+from engine.merge.selectors import layer_of
+from engine.merge.subspaces import Angles, principal_angles
 from engine.weights.adapter import Adapter, LoraFactor
 from engine.weights.tensorfile import read_rows
 
-Matrix = npt.NDArray[np.float64]
 SAMPLED_ROWS = 64  # of each module, evenly spaced, for the signs
 
 
@@ -40,10 +44,8 @@ class Overlap:
 
     inner: float
     squares: tuple[float, float]
-    column_overlap: float
-    row_overlap: float
-    column_chance: float
-    row_chance: float
+    columns: Angles
+    rows: Angles
     conflicts: int
     signs: int  # elements the conflicts were counted on
 
@@ -62,9 +64,11 @@ def compare(adapters: Mapping[str, Path], events: EventWriter) -> dict[str, Any]
 
     Returns:
         JSON: `modules`, one entry per shared module and pair ({name, pair, cosine, norm {label: number},
-        norm_ratio, subspace_overlap, column_overlap, row_overlap, overlap_by_chance, sign_conflict,
-        sign_elements}), `overall` (the same over all modules of the first pair), `pairs` (overall of each
-        pair), `only_in` ({label: modules no other adapter has}).
+        norm_ratio, subspace_overlap, column_overlap, row_overlap, overlap_by_chance, column_angle_smallest,
+        column_angle_median, row_angle_smallest, row_angle_median (degrees; null for an empty space),
+        sign_conflict, sign_elements}), `overall` (the same over all modules of the first pair: the smallest
+        angle of any, the median of the medians), `pairs` (overall of each pair), `strips` (one per pair, see
+        `strip`), `only_in` ({label: modules no other adapter has}).
 
     Raises:
         BadRecipeError: fewer than two adapters.
@@ -77,6 +81,7 @@ def compare(adapters: Mapping[str, Path], events: EventWriter) -> dict[str, Any]
     opened = {label: Adapter.open(path) for label, path in adapters.items()}
     rows: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
+    strips: list[dict[str, Any]] = []
     shared = {pair: _shared(opened, pair) for pair in itertools.combinations(opened, 2)}
     total, done = sum(len(names) for names in shared.values()), 0
     for pair, names in shared.items():
@@ -88,6 +93,7 @@ def compare(adapters: Mapping[str, Path], events: EventWriter) -> dict[str, Any]
             done += 1
             events.progress(done, total, unit="modules", message=name, phase="compare")
         pairs.append({"pair": list(pair), "modules": len(names), **_numbers(pair, list(found.values()))})
+        strips.append({"pair": list(pair), **strip(found)})
     everywhere = [set(adapter.factors) for adapter in opened.values()]
     only = {
         label: sorted(set(adapter.factors) - set().union(*(s for j, s in enumerate(everywhere) if j != i)))
@@ -98,6 +104,7 @@ def compare(adapters: Mapping[str, Path], events: EventWriter) -> dict[str, Any]
         "modules": rows,
         "overall": {key: value for key, value in pairs[0].items() if key != "pair"},
         "pairs": pairs,
+        "strips": strips,
         "only_in": {label: names for label, names in only.items() if names},
     }
 
@@ -124,36 +131,34 @@ def overlap(first: LoraFactor, second: LoraFactor) -> Overlap:
         first.scale**2 * float(np.sum((b1.T @ b1) * (a1 @ a1.T))),
         second.scale**2 * float(np.sum((b2.T @ b2) * (a2 @ a2.T))),
     )
-    columns, column_chance = space_overlap(b1, b2)
-    rows, row_chance = space_overlap(a1.T, a2.T)
     picked = np.unique(np.linspace(0, b1.shape[0] - 1, SAMPLED_ROWS).astype(np.int64))
     signs = np.sign(b1[picked] @ a1) * np.sign(b2[picked] @ a2)
     return Overlap(
-        inner, squares, columns, rows, column_chance, row_chance,
+        inner, squares, principal_angles(b1, b2), principal_angles(a1.T, a2.T),
         int(np.count_nonzero(signs < 0)), int(np.count_nonzero(signs)),
     )  # fmt: skip
 
 
-def space_overlap(first: Matrix, second: Matrix) -> tuple[float, float]:
-    """Mean squared cosine of the principal angles of two column spaces, and its mean for random spaces.
+def strip(found: Mapping[str, Overlap]) -> dict[str, Any]:
+    """Modules by layer and kind, for a picture: `layers` ([int]), `kinds` ([last part of the module name]), and
+    `cosine` and `sign_conflict`, each a list over kinds of lists over layers; null where there is no module.
 
-    first (n, r1), second (n, r2). Zero columns and repeated ones do not count: the spaces are spanned by the
-    singular vectors with singular values above rounding. 0 when a matrix is zero.
+    Several modules of a kind in one layer (experts) count as one delta. Modules outside the layers are left out.
     """
-    one, two = _basis(first), _basis(second)
-    smaller = min(one.shape[1], two.shape[1])
-    if smaller == 0:
-        return 0.0, 0.0
-    found = float(np.sum((one.T @ two) ** 2)) / smaller
-    return min(1.0, found), max(one.shape[1], two.shape[1]) / first.shape[0]
-
-
-def _basis(matrix: Matrix) -> Matrix:
-    """Orthonormal basis of the column space of (n, r), by QR and an SVD of the small triangle."""
-    q, triangle = np.linalg.qr(matrix)
-    left, values, _ = np.linalg.svd(triangle)
-    rank = int(np.count_nonzero(values > values[0] * max(matrix.shape) * 1e-13)) if values.size else 0
-    return np.asarray(q @ left[:, :rank])
+    cells: dict[tuple[str, int], list[Overlap]] = {}
+    for name, part in found.items():
+        layer = layer_of(f"{name}.")
+        if layer is not None:
+            cells.setdefault((name.rsplit(".", 1)[-1], layer), []).append(part)
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    layers = list(range(min((n for _, n in cells), default=0), max((n for _, n in cells), default=-1) + 1))
+    pictures: dict[str, list[list[float | None]]] = {}
+    for what in ("cosine", "sign_conflict"):
+        pictures[what] = [
+            [_numbers(("", ""), cells[kind, n])[what] if (kind, n) in cells else None for n in layers]
+            for kind in kinds
+        ]
+    return {"layers": layers, "kinds": kinds, **pictures}
 
 
 def _numbers(pair: tuple[str, str], parts: list[Overlap]) -> dict[str, Any]:
@@ -162,9 +167,9 @@ def _numbers(pair: tuple[str, str], parts: list[Overlap]) -> dict[str, Any]:
     norms = [math.sqrt(max(0.0, sum(part.squares[i] for part in parts))) for i in (0, 1)]
     signs = sum(part.signs for part in parts)
     count = max(1, len(parts))
-    columns = sum(part.column_overlap for part in parts) / count
-    rows = sum(part.row_overlap for part in parts) / count
-    chance = sum(part.column_chance + part.row_chance for part in parts) / (2 * count)
+    columns = sum(part.columns.overlap for part in parts) / count
+    rows = sum(part.rows.overlap for part in parts) / count
+    chance = sum(part.columns.chance + part.rows.chance for part in parts) / (2 * count)
     return {
         "cosine": max(-1.0, min(1.0, inner / (norms[0] * norms[1]))) if all(norms) else 0.0,
         "norm": dict(zip(pair, norms, strict=True)),
@@ -173,6 +178,17 @@ def _numbers(pair: tuple[str, str], parts: list[Overlap]) -> dict[str, Any]:
         "column_overlap": columns,
         "row_overlap": rows,
         "overlap_by_chance": chance,
+        **_angles("column", [part.columns for part in parts]),
+        **_angles("row", [part.rows for part in parts]),
         "sign_conflict": sum(part.conflicts for part in parts) / signs if signs else 0.0,
         "sign_elements": signs,
+    }
+
+
+def _angles(space: str, parts: Sequence[Angles]) -> dict[str, float | None]:
+    smallest = [part.smallest for part in parts if part.smallest is not None]
+    medians = [part.median for part in parts if part.median is not None]
+    return {
+        f"{space}_angle_smallest": min(smallest, default=None),
+        f"{space}_angle_median": statistics.median(medians) if medians else None,
     }

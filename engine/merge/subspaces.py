@@ -1,0 +1,68 @@
+"""Principal angles between the spaces two low-rank factors span (Björck and Golub 1973), from factors alone.
+
+Two spaces of dimensions p <= q in n dimensions have p principal angles, 0 (a shared direction) to 90 degrees.
+With orthonormal bases Q_1 and Q_2 their cosines are the singular values of Q_1^T Q_2 and their sines those of
+Q_2 - Q_1 Q_1^T Q_2; small angles are taken from the sines, since arccos near 1 keeps half the digits only
+(Knyazev and Argentati 2002, as scipy.linalg.subspace_angles). Called by engine/merge/interference.py.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Principal angles in degrees, smallest first; none when a space is empty (a zero matrix)."""
+
+    degrees: tuple[float, ...]
+    chance: float  # mean squared cosine expected of random spaces of these dimensions, max(p, q) / n
+
+    @property
+    def smallest(self) -> float | None:
+        return self.degrees[0] if self.degrees else None
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.degrees) if self.degrees else None
+
+    @property
+    def overlap(self) -> float:
+        """Mean squared cosine: 1 when one space holds the other; 0 when orthogonal, or when one is empty."""
+        return statistics.fmean(math.cos(math.radians(d)) ** 2 for d in self.degrees) if self.degrees else 0.0
+
+
+def principal_angles(first: Matrix, second: Matrix) -> Angles:
+    """Angles between the column spaces of first (n, r1) and second (n, r2), float64; costs O(n (r1 + r2)^2).
+
+    Zero and repeated columns do not count: the spaces are spanned by the singular vectors with singular values
+    above rounding.
+    """
+    one, two = _basis(first), _basis(second)
+    if one.shape[1] < two.shape[1]:
+        one, two = two, one
+    if two.shape[1] == 0:
+        return Angles((), 0.0)
+    across = one.T @ two
+    cosines = np.linalg.svd(across, compute_uv=False)  # largest first: smallest angle first
+    rest = np.asarray(np.linalg.qr(two - one @ across, mode="r"))
+    sines = np.linalg.svd(rest, compute_uv=False)[::-1]
+    angles = np.where(
+        cosines**2 >= 0.5, np.arcsin(np.minimum(sines, 1.0)), np.arccos(np.minimum(cosines, 1.0))
+    )
+    return Angles(tuple(sorted(float(x) for x in np.degrees(angles))), one.shape[1] / first.shape[0])
+
+
+def _basis(matrix: Matrix) -> Matrix:
+    """Orthonormal basis of the column space of (n, r), by QR and an SVD of the small triangle."""
+    q, triangle = np.linalg.qr(matrix)
+    left, values, _ = np.linalg.svd(triangle)
+    rank = int(np.count_nonzero(values > values[0] * max(matrix.shape) * 1e-13)) if values.size else 0
+    return np.asarray(q @ left[:, :rank])
