@@ -8,7 +8,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
 .PHONY: demo test check lint types imports screenshots clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard engine/merge/*/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "medmerge needs Python 3.11 or newer, for example: make PYTHON=python3.12 demo"; exit 2; }
 	@echo "── making $(VENV) with $$($(PYTHON) --version)"

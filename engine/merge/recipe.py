@@ -1,10 +1,11 @@
 """A recipe: what to merge, as a person wrote it (YAML or command line), checked and with absolute paths.
 
     base: bases/qwen3-14b
-    method: linear                        # or task_arithmetic: the same exact sum
-    adapters:
+    method: linear                        # METHODS below; docs/merging.md has the formulas
+    adapters:                             # or `models:` to merge full checkpoints
       pt:  {path: adapters/pt,  weight: 0.3}
-      sft: {path: adapters/sft, weight: {default: 0.7, "layers 0-9": 0.5, "*.mlp.*": 0.8}}
+      sft: {path: adapters/sft, weight: {default: 0.7, "layers 0-9": 0.5, "*.mlp.*": [0.8, 0.4]}}
+    parameters: {density: 0.5, seed: 42}  # those of the method
     output: {path: merges/pt03-sft07, dtype: bfloat16}
 
 Relative paths are looked up from the recipe's folder, then from the workspace. `Recipe.to_dict()` is the same
@@ -13,20 +14,39 @@ document with absolute paths; jobs and manifests carry that.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from engine.errors import BadRecipeError
-from engine.merge.selectors import DEFAULT, check_selector
+from engine.merge.document import (
+    flag,
+    input_path,
+    known_keys,
+    mapping,
+    near,
+    number,
+    output_path,
+    read_yaml,
+    required,
+    short,
+)
+from engine.merge.selectors import DEFAULT, Spec, check_selector, spec_to_document
 
-LINEAR_METHODS = ("linear", "task_arithmetic")
-PLANNED_METHODS = ("slerp", "ties", "dare_linear", "dare_ties", "soup")
+# The parameters that mean something to each method.
+METHODS: dict[str, tuple[str, ...]] = {
+    "linear": ("normalize",),
+    "task_arithmetic": ("lambda",),
+    "soup": (),
+    "slerp": ("t",),
+    "ties": ("density", "lambda", "normalize"),
+    "dare_linear": ("density", "lambda", "normalize", "rescale", "seed"),
+    "dare_ties": ("density", "lambda", "normalize", "rescale", "seed"),
+}
+NEEDS_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties")  # also where full models are merged
+TRIMS = ("ties", "dare_linear", "dare_ties")  # methods that keep only a part (`density`) of each delta
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _DTYPE_ALIASES = {
     "bf16": "bfloat16",
@@ -35,53 +55,108 @@ _DTYPE_ALIASES = {
     "fp32": "float32",
     "f32": "float32",
 }
-_KEYS = ("base", "method", "adapters", "output")
-_ADAPTER_KEYS = ("path", "weight")
-_OUTPUT_KEYS = ("path", "dtype")
+KINDS = ("checkpoint", "adapter", "gguf")
+VOCABULARY = ("error", "intersection", "keep_first")
+_KEYS = ("base", "method", "adapters", "models", "parameters", "vocabulary", "output")
+_ENTRY_KEYS = ("path", "weight", "density")
+_OUTPUT_KEYS = ("path", "dtype", "kind", "rank", "gguf")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_FLOAT32_MAX = 3.4028234663852886e38
-_MAX_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
-class AdapterEntry:
-    """One adapter of a recipe. `weights` maps selectors (see engine.merge.selectors) to coefficients."""
+class Entry:
+    """One adapter or model of a recipe. `weights` maps selectors (engine.merge.selectors) to coefficients."""
 
     label: str
     path: Path
-    weights: dict[str, float]
+    weights: Spec
+    kind: str = "adapter"  # or "model"
+    density: Spec | None = None  # None: the recipe's own
 
     @property
     def uniform(self) -> float | None:
-        """The one weight of all its tensors, None when selectors give several."""
-        return self.weights[DEFAULT] if list(self.weights) == [DEFAULT] else None
+        """The one weight of all its tensors, None when selectors or a gradient give several."""
+        value = self.weights.get(DEFAULT)
+        return value if list(self.weights) == [DEFAULT] and isinstance(value, float) else None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a method needs beside the weights; `normalize` None means the method's own default."""
+
+    t: Spec = field(default_factory=lambda: {DEFAULT: 0.5})
+    density: Spec = field(default_factory=lambda: {DEFAULT: 0.5})
+    lam: float = 1.0
+    normalize: bool | None = None
+    rescale: bool = True
+    seed: int = 0
+
+    def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        everything = {
+            "t": spec_to_document(self.t),
+            "density": spec_to_document(self.density),
+            "lambda": self.lam,
+            "normalize": self.normalize,
+            "rescale": self.rescale,
+            "seed": self.seed,
+        }
+        return {name: everything[name] for name in names if everything[name] is not None}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """W_merged = W_base + sum over adapters of weight * dW, rounded once to `dtype` (None: the base's own)."""
+    """What to merge, how, and where to; the dtype None is the base's own."""
 
-    base: Path
+    base: Path | None  # None: models alone; the first is then the reference
     method: str
-    adapters: tuple[AdapterEntry, ...]
+    entries: tuple[Entry, ...]
     output: Path
     dtype: str | None = None  # "bfloat16", "float16", "float32"
+    parameters: Parameters = field(default_factory=Parameters)
+    kind: str = "checkpoint"
+    rank: int | None = None  # of a merged adapter: None concatenates ranks, a number truncates by SVD
+    gguf: tuple[str, ...] = ()
+    vocabulary: str = "error"
+
+    @property
+    def reference(self) -> Path:
+        """The folder whose layout, config and tokenizer the merge has: the base, else the first model."""
+        return self.base or self.entries[0].path
+
+    @property
+    def adapters(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.kind == "adapter")
+
+    @property
+    def models(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.kind == "model")
+
+    @property
+    def normalize(self) -> bool:
+        """Whether weights are divided by their sum: the recipe's word, else the method's default."""
+        if self.parameters.normalize is not None:
+            return self.parameters.normalize
+        return self.method in ("soup", "ties") or (self.method == "linear" and bool(self.models))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as a document of its own format, with absolute paths (what `parse` reads)."""
-        output = {"path": str(self.output)} | ({"dtype": self.dtype} if self.dtype else {})
-        return {
-            "base": str(self.base),
-            "method": self.method,
-            "adapters": {
-                entry.label: {
-                    "path": str(entry.path),
-                    "weight": dict(entry.weights) if entry.uniform is None else entry.uniform,
-                }
-                for entry in self.adapters
-            },
-            "output": output,
+        document: dict[str, Any] = {"base": str(self.base)} if self.base else {}
+        document["method"] = self.method
+        document["models" if self.models else "adapters"] = {
+            entry.label: {"path": str(entry.path), "weight": spec_to_document(entry.weights)}
+            | ({"density": spec_to_document(entry.density)} if entry.density else {})
+            for entry in self.entries
         }
+        if parameters := self.parameters.to_dict(METHODS[self.method]):
+            document["parameters"] = parameters
+        if self.models:
+            document["vocabulary"] = self.vocabulary
+        output: dict[str, Any] = {"path": str(self.output)}
+        output |= {"dtype": self.dtype} if self.dtype else {}
+        output |= {"kind": self.kind} if self.kind != "checkpoint" else {}
+        output |= {"rank": self.rank} if self.rank else {}
+        output |= {"gguf": list(self.gguf)} if self.gguf else {}
+        return {**document, "output": output}
 
 
 def read_recipe(path: Path, places: Sequence[Path] = ()) -> Recipe:
@@ -89,25 +164,7 @@ def read_recipe(path: Path, places: Sequence[Path] = ()) -> Recipe:
 
     Raises BadRecipeError naming the file and the key.
     """
-    if path.is_dir():
-        raise BadRecipeError(f"{path} is a folder, not a recipe", "a recipe is a YAML file")
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise BadRecipeError(f"{path} is {path.stat().st_size} bytes, too large for a recipe")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadRecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadRecipeError(f"{path} is not UTF-8 text: {error}") from error
-    try:
-        raw = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise BadRecipeError(
-            f"{path} is not valid YAML: {error}", "see docs for the recipe format"
-        ) from error
-    except RecursionError as error:
-        raise BadRecipeError(f"{path} is nested too deeply to be a recipe") from error
-    return parse(raw, str(path), [path.absolute().parent, *places])
+    return parse(read_yaml(path), str(path), [path.absolute().parent, *places])
 
 
 def parse(raw: object, where: str, places: Sequence[Path]) -> Recipe:
@@ -115,37 +172,36 @@ def parse(raw: object, where: str, places: Sequence[Path]) -> Recipe:
 
     Raises:
         BadRecipeError: unknown, missing or doubled keys, wrong types, weights that are not finite numbers,
-            methods of another version, inputs that do not exist.
+            parameters the method does not have, inputs that do not exist.
     """
-    document = _mapping(raw, where)
-    if "models" in document:
-        raise BadRecipeError(
-            f"{where}: `models:` (merging full checkpoints) is not in this version",
-            "name LoRA adapters under `adapters:`",
-        )
-    _known(document, _KEYS, where)
+    document = mapping(raw, where)
+    known_keys(document, _KEYS, where)
     method = document.get("method", "linear")
-    _check_method(method, where)
-    adapters = _mapping(_required(document, "adapters", where), f"{where}: adapters")
-    if not adapters:
-        raise BadRecipeError(f"{where}: adapters is empty", "name at least one adapter")
+    if method not in METHODS:
+        raise BadRecipeError(
+            f"{where}: there is no method {short(method)}{near(str(method), list(METHODS))}",
+            f"methods: {', '.join(METHODS)}",
+        )
+    entries = _entries(document, str(method), where, places)
     output = document.get("output")
     if isinstance(output, str):
         output = {"path": output}
-    output = _mapping(_required({"output": output}, "output", where), f"{where}: output")
-    if output.get("gguf"):
-        raise BadRecipeError(
-            f"{where}: output.gguf is not in this version",
-            "merge first, then: medmerge gguf MERGE --type TYPE",
-        )
-    _known(output, (*_OUTPUT_KEYS, "gguf"), f"{where}: output")
-    return Recipe(
-        base=_input(_required(document, "base", where), f"{where}: base", places),
+    output = mapping(required({"output": output}, "output", where), f"{where}: output")
+    known_keys(output, _OUTPUT_KEYS, f"{where}: output")
+    recipe = Recipe(
+        base=_base(document, str(method), entries, where, places),
         method=str(method),
-        adapters=tuple(_entry(label, value, where, places) for label, value in adapters.items()),
-        output=_output(_required(output, "path", f"{where}: output"), f"{where}: output.path", places),
+        entries=entries,
+        output=output_path(required(output, "path", f"{where}: output"), f"{where}: output.path", places),
         dtype=dtype_name(output.get("dtype"), f"{where}: output.dtype"),
+        parameters=_parameters(document.get("parameters"), str(method), f"{where}: parameters"),
+        kind=_choice(output.get("kind", "checkpoint"), KINDS, f"{where}: output.kind"),
+        rank=_rank(output.get("rank"), f"{where}: output.rank"),
+        gguf=_types(output.get("gguf"), f"{where}: output.gguf"),
+        vocabulary=_choice(document.get("vocabulary", "error"), VOCABULARY, f"{where}: vocabulary"),
     )
+    _check_output(recipe, where)
+    return recipe
 
 
 def dtype_name(value: object, where: str) -> str | None:
@@ -158,117 +214,149 @@ def dtype_name(value: object, where: str) -> str | None:
     return name
 
 
-def _check_method(method: object, where: str) -> None:
-    if method in LINEAR_METHODS:
-        return
-    known = f"this version merges with {' and '.join(LINEAR_METHODS)}"
-    if method in PLANNED_METHODS:
-        raise BadRecipeError(f"{where}: method {method} is not in this version", known)
-    raise BadRecipeError(f"{where}: there is no method {method!r}{_near(str(method), LINEAR_METHODS)}", known)
+def _entries(document: dict[str, Any], method: str, where: str, places: Sequence[Path]) -> tuple[Entry, ...]:
+    given = [key for key in ("adapters", "models") if document.get(key) is not None]
+    if len(given) != 1:
+        raise BadRecipeError(
+            f"{where}: give either `adapters:` or `models:`" + (", not both" if given else ""),
+            "adapters are LoRA folders merged onto `base:`; models are full checkpoints",
+        )
+    key = given[0]
+    listed = mapping(document[key], f"{where}: {key}")
+    if not listed:
+        raise BadRecipeError(f"{where}: {key} is empty", f"name at least one of the {key}")
+    kind = key.removesuffix("s")
+    entries = tuple(_entry(label, value, kind, method, where, places) for label, value in listed.items())
+    if kind == "model" and len(entries) + (document.get("base") is not None) < 2:
+        raise BadRecipeError(f"{where}: one model alone is nothing to merge", "name two or more models")
+    if kind == "adapter" and method == "soup":
+        raise BadRecipeError(
+            f"{where}: soup averages full models, and these are adapters", "use `models:`, or linear"
+        )
+    if method == "slerp" and len(entries) != 2:
+        raise BadRecipeError(
+            f"{where}: slerp goes between two {key}, and {len(entries)} are named",
+            "t 0 is the first, t 1 the second",
+        )
+    return entries
 
 
-def _entry(label: str, value: object, where: str, places: Sequence[Path]) -> AdapterEntry:
+def _entry(label: str, value: object, kind: str, method: str, where: str, places: Sequence[Path]) -> Entry:
     if not _LABEL.fullmatch(label):
-        raise BadRecipeError(f"{where}: adapter label {label!r}: use letters, digits, '.', '_' and '-'")
-    where = f"{where}: adapters.{label}"
-    entry = _mapping(value, where)
-    _known(entry, _ADAPTER_KEYS, where)
-    path = _input(_required(entry, "path", where), f"{where}.path", places)
-    return AdapterEntry(label, path, _weights(_required(entry, "weight", where), f"{where}.weight"))
+        raise BadRecipeError(f"{where}: {kind} label {label!r}: use letters, digits, '.', '_' and '-'")
+    where = f"{where}: {kind}s.{label}"
+    entry = mapping(value, where)
+    known_keys(entry, _ENTRY_KEYS, where)
+    path = input_path(required(entry, "path", where), f"{where}.path", places)
+    if kind == "model" or method == "slerp":
+        entry = {"weight": 1.0, **entry}
+    weights = _spec(required(entry, "weight", where), f"{where}.weight")
+    density = None
+    if entry.get("density") is not None:
+        if method not in TRIMS:
+            raise BadRecipeError(f"{where}.density means nothing to {method}", f"only to {', '.join(TRIMS)}")
+        density = _spec(entry["density"], f"{where}.density", 0.0, 1.0)
+    return Entry(label, path, weights, kind, density)
 
 
-def _weights(value: object, where: str) -> dict[str, float]:
+def _base(
+    document: dict[str, Any], method: str, entries: Sequence[Entry], where: str, places: Sequence[Path]
+) -> Path | None:
+    if document.get("base") is None and entries[0].kind == "model":
+        if method in NEEDS_BASE:
+            raise BadRecipeError(
+                f"{where}: {method} needs `base:`", "it merges what each model changed, seen from the base"
+            )
+        return None
+    return input_path(required(document, "base", where), f"{where}: base", places)
+
+
+def _parameters(raw: object, method: str, where: str) -> Parameters:
+    given = mapping(raw if raw is not None else {}, where)
+    for key in given:
+        users = [name for name, keys in METHODS.items() if key in keys]
+        if users and method not in users:
+            raise BadRecipeError(
+                f"{where}.{key} means nothing to {method}", f"it belongs to {', '.join(users)}"
+            )
+    known_keys(given, METHODS[method], where)
+    default = Parameters()
+    seed = given.get("seed", default.seed)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise BadRecipeError(f"{where}.seed should be a whole number from 0, and is {short(seed)}")
+    return Parameters(
+        t=_spec(given["t"], f"{where}.t", 0.0, 1.0) if "t" in given else default.t,
+        density=_spec(given["density"], f"{where}.density", 0.0, 1.0)
+        if "density" in given
+        else default.density,
+        lam=number(given["lambda"], f"{where}.lambda") if "lambda" in given else default.lam,
+        normalize=flag(given["normalize"], f"{where}.normalize") if "normalize" in given else None,
+        rescale=flag(given["rescale"], f"{where}.rescale") if "rescale" in given else default.rescale,
+        seed=seed,
+    )
+
+
+def _spec(value: object, where: str, low: float | None = None, high: float | None = None) -> Spec:
+    """A number, a gradient (list of numbers), or selectors to those; within [low, high] where given."""
     if not isinstance(value, dict):
-        return {DEFAULT: _number(value, where)}
-    chosen = _mapping(value, where)
+        return {DEFAULT: _level(value, where, low, high)}
+    chosen = mapping(value, where)
     if not chosen:
         raise BadRecipeError(f"{where} is empty", "give a number, or `default: NUMBER`")
     for selector in chosen:
         check_selector(selector, where)
-    return {selector: _number(item, f"{where}[{selector!r}]") for selector, item in chosen.items()}
+    return {selector: _level(item, f"{where}[{selector!r}]", low, high) for selector, item in chosen.items()}
 
 
-def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRecipeError(f"{where} should be a number, and is {value!r}")
-    if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:  # NaN fails every comparison
-        raise BadRecipeError(f"{where} is {_short(value)}, which is no finite weight")
-    return float(value)
+def _level(value: object, where: str, low: float | None, high: float | None) -> float | tuple[float, ...]:
+    if isinstance(value, list):
+        if len(value) < 2:
+            raise BadRecipeError(f"{where}: a gradient has two or more numbers", "first layer to last")
+        return tuple(_bounded(item, f"{where}[{i}]", low, high) for i, item in enumerate(value))
+    return _bounded(value, where, low, high)
 
 
-def _mapping(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise BadRecipeError(f"{where} should be a mapping of names to values, and is {_short(value)}")
-    for key in value:
-        if not isinstance(key, str):
-            raise BadRecipeError(f"{where}: key {key!r} should be text", "put it in quotes")
+def _bounded(value: object, where: str, low: float | None, high: float | None) -> float:
+    found = number(value, where)
+    if (low is not None and found < low) or (high is not None and found > high):
+        raise BadRecipeError(f"{where} is {found:g}, and should lie between {low:g} and {high:g}")
+    return found
+
+
+def _choice(value: object, choices: Sequence[str], where: str) -> str:
+    if value not in choices:
+        raise BadRecipeError(f"{where} is {short(value)}", f"one of: {', '.join(choices)}")
+    return str(value)
+
+
+def _rank(value: object, where: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadRecipeError(f"{where} should be a whole number from 1, and is {short(value)}")
     return value
 
 
-def _required(mapping: dict[str, Any], key: str, where: str) -> Any:
-    if mapping.get(key) is None:
-        raise BadRecipeError(f"{where}: `{key}` is missing")
-    return mapping[key]
+def _types(value: object, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    types = [value] if isinstance(value, str) else value
+    if not isinstance(types, list) or not all(isinstance(item, str) and item for item in types):
+        raise BadRecipeError(f"{where} should be a GGUF type or a list of them, and is {short(value)}")
+    return tuple(dict.fromkeys(item.lower() for item in types))
 
 
-def _known(mapping: dict[str, Any], keys: Sequence[str], where: str) -> None:
-    for key in mapping:
-        if key not in keys:
+def _check_output(recipe: Recipe, where: str) -> None:
+    """Raise BadRecipeError for outputs that do not go with the method or with each other."""
+    if recipe.kind == "adapter":
+        if recipe.models or recipe.method not in ("linear", "task_arithmetic"):
             raise BadRecipeError(
-                f"{where}: unknown key {key!r}{_near(key, keys)}", f"known keys: {', '.join(keys)}"
+                f"{where}: output.kind adapter needs adapters merged by linear or task_arithmetic",
+                "other methods leave no low-rank delta",
             )
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _short(value: object) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _path(value: object, where: str) -> Path:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise BadRecipeError(f"{where} should be a path, and is {_short(value)}")
-    return Path(value).expanduser()
-
-
-def _input(value: object, where: str, places: Sequence[Path]) -> Path:
-    path = _path(value, where)
-    for place in places or [Path.cwd()]:
-        if (place / path).exists():
-            return (place / path).absolute()
-    looked = "" if path.is_absolute() else f"looked in {', '.join(map(str, places or [Path.cwd()]))}; "
-    raise BadRecipeError(
-        f"{where}: {value} does not exist", f"{looked}models are read from disk, never downloaded"
-    )
-
-
-def _output(value: object, where: str, places: Sequence[Path]) -> Path:
-    """An output path: in the first place that has the parent folder already, else in the first place."""
-    path = _path(value, where)
-    candidates = [(place / path).absolute() for place in places or [Path.cwd()]]
-    return next((found for found in candidates if found.parent.is_dir()), candidates[0])
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice and reads 1e-1 as a number (YAML 1.2)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable) or key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice or is no name", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
+        if recipe.gguf:
+            raise BadRecipeError(f"{where}: an adapter output writes no GGUF", "medmerge gguf ADAPTER does")
+    elif recipe.rank is not None:
+        raise BadRecipeError(f"{where}: output.rank is for output.kind adapter", "remove one of them")
+    if recipe.kind == "gguf" and not recipe.gguf:
+        raise BadRecipeError(f"{where}: output.kind gguf needs output.gguf", "for example gguf: [q4_k_m]")
