@@ -23,6 +23,7 @@ from engine.errors import BadInputError, NoSpaceError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota, file size limit
 _NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK)
+_RECORD = 512  # bytes of a lock file's content
 _READ_TRIES = 50  # a holder writes its name within microseconds of taking the lock; we look for half a second
 _READ_PAUSE = 0.01
 
@@ -50,7 +51,8 @@ class Owner:
             return None
 
     def encode(self) -> bytes:
-        return json.dumps(self.__dict__).encode() + b"\n"
+        """Always the same length, so that one write replaces one owner by another with no moment between."""
+        return json.dumps(self.__dict__).encode()[: _RECORD - 1].ljust(_RECORD - 1) + b"\n"
 
     @property
     def alive(self) -> bool:
@@ -114,6 +116,7 @@ def claim(path: Path) -> Iterator[bool]:
 
 def _acquire(lock: Path, path: Path) -> tuple[int, bool]:
     """(descriptor of the held lock file, whether it names a former holder)."""
+    me = Owner.me().encode()  # beforehand: the lock is without a name for as short as can be
     while True:
         descriptor, created = _open(lock)
         try:
@@ -134,7 +137,7 @@ def _acquire(lock: Path, path: Path) -> tuple[int, bool]:
                     continue
                 left_over = not created and os.fstat(descriptor).st_size > 0
             try:
-                _write(descriptor, Owner.me().encode())
+                _write(descriptor, me)
             except OSError:
                 if (
                     not left_over
@@ -200,7 +203,6 @@ def _read_owner(descriptor: int) -> Owner | None:
 
 
 def _write(descriptor: int, data: bytes) -> None:
-    os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, data, 0)
     os.fsync(descriptor)
 
