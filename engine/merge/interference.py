@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from engine.weights.adapter import Adapter, LoraFactor
 from engine.weights.tensorfile import read_rows
 
 SAMPLED_ROWS = 64  # of each module, evenly spaced, for the signs
+MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -84,16 +87,18 @@ def compare(adapters: Mapping[str, Path], events: EventWriter) -> dict[str, Any]
     strips: list[dict[str, Any]] = []
     shared = {pair: _shared(opened, pair) for pair in itertools.combinations(opened, 2)}
     total, done = sum(len(names) for names in shared.values()), 0
-    for pair, names in shared.items():
-        found: dict[str, Overlap] = {}
-        for name in names:
-            first, second = (opened[label].factors[name] for label in pair)
-            found[name] = overlap(first, second)
-            rows.append({"name": name, "pair": list(pair), **_numbers(pair, [found[name]])})
-            done += 1
-            events.progress(done, total, unit="modules", message=name, phase="compare")
-        pairs.append({"pair": list(pair), "modules": len(names), **_numbers(pair, list(found.values()))})
-        strips.append({"pair": list(pair), **strip(found)})
+    # One module a thread: BLAS itself runs single-threaded in jobs (engine/merge/job.py).
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for pair, names in shared.items():
+            found: dict[str, Overlap] = {}
+            one, two = (opened[label].factors for label in pair)
+            compared = pool.map(overlap, [one[name] for name in names], [two[name] for name in names])
+            for name, found[name] in zip(names, compared, strict=True):
+                rows.append({"name": name, "pair": list(pair), **_numbers(pair, [found[name]])})
+                done += 1
+                events.progress(done, total, unit="modules", message=name, phase="compare")
+            pairs.append({"pair": list(pair), "modules": len(names), **_numbers(pair, list(found.values()))})
+            strips.append({"pair": list(pair), **strip(found)})
     everywhere = [set(adapter.factors) for adapter in opened.values()]
     only = {
         label: sorted(set(adapter.factors) - set().union(*(s for j, s in enumerate(everywhere) if j != i)))
@@ -132,10 +137,11 @@ def overlap(first: LoraFactor, second: LoraFactor) -> Overlap:
         second.scale**2 * float(np.sum((b2.T @ b2) * (a2 @ a2.T))),
     )
     picked = np.unique(np.linspace(0, b1.shape[0] - 1, SAMPLED_ROWS).astype(np.int64))
-    signs = np.sign(b1[picked] @ a1) * np.sign(b2[picked] @ a2)
+    x, y = b1[picked] @ a1, b2[picked] @ a2
+    there = (x != 0) & (y != 0)
     return Overlap(
         inner, squares, principal_angles(b1, b2), principal_angles(a1.T, a2.T),
-        int(np.count_nonzero(signs < 0)), int(np.count_nonzero(signs)),
+        int(np.count_nonzero(((x < 0) != (y < 0)) & there)), int(np.count_nonzero(there)),
     )  # fmt: skip
 
 

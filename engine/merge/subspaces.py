@@ -52,17 +52,21 @@ def principal_angles(first: Matrix, second: Matrix) -> Angles:
         return Angles((), 0.0)
     across = one.T @ two
     cosines = np.linalg.svd(across, compute_uv=False)  # largest first: smallest angle first
-    rest = np.asarray(np.linalg.qr(two - one @ across, mode="r"))
-    sines = np.linalg.svd(rest, compute_uv=False)[::-1]
-    angles = np.where(
-        cosines**2 >= 0.5, np.arcsin(np.minimum(sines, 1.0)), np.arccos(np.minimum(cosines, 1.0))
-    )
+    angles = np.arccos(np.minimum(cosines, 1.0))
+    small = cosines**2 >= 0.5
+    if small.any():
+        rest = np.asarray(np.linalg.qr(two - one @ across, mode="r"))
+        sines = np.linalg.svd(rest, compute_uv=False)[::-1]
+        angles = np.where(small, np.arcsin(np.minimum(sines, 1.0)), angles)
     return Angles(tuple(sorted(float(x) for x in np.degrees(angles))), one.shape[1] / first.shape[0])
 
 
 def _basis(matrix: Matrix) -> Matrix:
     """Orthonormal basis of the column space of (n, r), by QR and an SVD of the small triangle."""
     q, triangle = np.linalg.qr(matrix)
-    left, values, _ = np.linalg.svd(triangle)
+    values = np.linalg.svd(triangle, compute_uv=False)
     rank = int(np.count_nonzero(values > values[0] * max(matrix.shape) * 1e-13)) if values.size else 0
+    if rank == matrix.shape[1]:
+        return np.asarray(q)
+    left, _, _ = np.linalg.svd(triangle)
     return np.asarray(q @ left[:, :rank])

@@ -56,7 +56,7 @@ def test_three_formats_one_result(
 def test_cells_show_size_sign_and_gaps() -> None:
     assert cells([0.0, 0.1, 0.4, 0.8, None, math.nan], 0.8) == "▁▁▄█  "
     assert cells([-0.01, -0.5, -0.8], 0.8) == "░▒▓"
-    assert cells([0.2, 0.5, 0.8, None], 0.8, width=2) == "▃█"  # means of equal parts
+    assert cells([0.2, 0.5, 0.8, None], 0.8, width=2) == "▄█"  # means of equal parts
     assert cells([0.8, -0.8], 0.8, colour=True) == "\x1b[34m█\x1b[0m\x1b[31m▓\x1b[0m"
     assert cells([0.0], 0.0) == "▁"
 
