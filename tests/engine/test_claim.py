@@ -107,6 +107,36 @@ def test_of_many_racers_exactly_one_wins_every_round(tmp_path: Path, locks: str)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"r{turn}" for turn in rounds)
 
 
+# The same name taken and given back all the time: a lock file that goes away must not be held by two.
+TURNS = """
+    def taker(results):
+        held = broken = 0
+        while held < 150:
+            try:
+                with claim.claim(root / "x"):
+                    held += 1
+                    try:
+                        os.close(os.open(root / "inside", os.O_CREAT | os.O_EXCL))
+                        os.unlink(root / "inside")
+                    except OSError:
+                        broken += 1
+            except BadInputError:
+                pass
+        results.put([held, broken])
+
+    results = fork.Queue()
+    takers = [run(taker, results) for _ in range(4)]
+    print(json.dumps([results.get(timeout=60) for _ in takers] + [os.listdir(root)]))
+    for process in takers:
+        process.join()
+"""
+
+
+@pytest.mark.parametrize("locks", ["flock", "exclusive"])
+def test_a_claim_given_back_is_never_held_by_two(tmp_path: Path, locks: str) -> None:
+    assert script(TURNS, tmp_path, locks) == [[150, 0]] * 4 + [[]]
+
+
 # Children are killed at random moments in the middle of making the folder; the next one takes over each time.
 KILLS = """
     def child(ready):
