@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 WORKSPACE ?= demo-workspace
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: demo test check lint types imports screenshots clean
+.PHONY: demo test check lint types imports screenshots mergekit clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard engine/merge/*/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -42,5 +42,13 @@ check: lint types imports test  ## all that CI runs
 screenshots: $(VENV)/.installed  ## SVG and PNG of every screen, from the running app (PNG needs chromium)
 	@$(BIN)/python screenshots/make.py --workspace $(WORKSPACE)
 
+mergekit: .venv-mergekit/.installed  ## mergekit in an environment of its own, for tests and benchmarks against it
+
+.venv-mergekit/.installed: benchmarks/peers/mergekit.txt
+	@test -x .venv-mergekit/bin/python || $(PYTHON) -m venv .venv-mergekit
+	@.venv-mergekit/bin/python -m pip install --disable-pip-version-check -q torch==2.13.0
+	@.venv-mergekit/bin/python -m pip install --disable-pip-version-check -q -r benchmarks/peers/mergekit.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-mergekit .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
