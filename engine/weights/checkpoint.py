@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BadModelError
-from engine.weights.tensorfile import TensorFile, TensorInfo, file_sha256
+from engine.weights.tensorfile import TensorFile, TensorInfo, file_sha256, no_duplicates, open_regular
 
+_MAX_JSON = 64 << 20  # bytes of a config or an index; the largest known index has 9 MB
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -42,7 +43,7 @@ class Checkpoint:
                 shards or tensors, a tensor in two shards.
             BadTensorFileError: a shard that is truncated or damaged.
         """
-        if not folder.is_dir():
+        if not _is_folder(folder):
             raise BadModelError(
                 f"{folder} is not a folder", "give a model folder with config.json and safetensors"
             )
@@ -53,7 +54,7 @@ class Checkpoint:
             for name, tensor in shard.tensors.items():
                 if name in tensors:
                     raise BadModelError(
-                        f"tensor {name} is in both {tensors[name].file.name} and {shard.path.name}"
+                        f"tensor {name!r} is in both {tensors[name].file.name} and {shard.path.name}"
                     )
                 tensors[name] = tensor
         _check_index(folder, tensors)
@@ -63,9 +64,8 @@ class Checkpoint:
     def name(self) -> str:
         """What the folder says it is called: `name` in medmerge.json (demo base, merges), else the folder name."""
         try:
-            note = json.loads((self.folder / "medmerge.json").read_text(encoding="utf-8"))
-            return str(note["name"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return str(read_json(self.folder / "medmerge.json", BadModelError, "")["name"])
+        except (BadModelError, KeyError):
             return self.folder.name
 
     @property
@@ -94,7 +94,7 @@ class Checkpoint:
     def layers(self) -> int:
         """Number of transformer layers as config.json says, 0 when it does not."""
         said = self.config.get("num_hidden_layers")
-        return said if isinstance(said, int) else 0
+        return said if type(said) is int and said > 0 else 0
 
     @property
     def tied(self) -> bool:
@@ -124,17 +124,16 @@ class Checkpoint:
 def _shard_paths(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        raw = read_json(index, BadModelError, "")
-        names = raw.get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise BadModelError(f"{index} has no weight_map")
-        shard_names = sorted({str(value) for value in names.values()})
+        names = _weight_map(index)
+        shard_names = sorted(set(names.values()))
         for name in shard_names:
-            if Path(name).name != name:
-                raise BadModelError(f"{index} names the shard {name!r}, which is not a plain file name")
-            if not (folder / name).is_file():
+            if Path(name).name != name or not name.endswith(".safetensors") or name.startswith("."):
                 raise BadModelError(
-                    f"{index} names {name}, which is not in {folder}", "the download is incomplete"
+                    f"{index} names the shard {name!r}, which is not a plain file name ending in .safetensors"
+                )
+            if not _is_file(folder / name):
+                raise BadModelError(
+                    f"{index} names {name!r}, which is not in {folder}", "the download is incomplete"
                 )
         return [folder / name for name in shard_names]
     if (folder / SINGLE).is_file():
@@ -153,22 +152,52 @@ def _shard_paths(folder: Path) -> list[Path]:
     raise BadModelError(f"{folder} has no model weights", hint)
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """The index's map from tensor names to shard names."""
+    raw = read_json(index, BadModelError, "download it again", unique=True)
+    names = raw.get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise BadModelError(f"{index} has no weight_map from tensor names to file names", "download it again")
+    return names
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a regular file or a link to one; False for what cannot even be a path."""
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that cannot be entered
+        return False
+
+
 def _check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
     if not (folder / INDEX).is_file():
         return
-    weight_map = read_json(folder / INDEX, BadModelError, "")["weight_map"]
+    weight_map = _weight_map(folder / INDEX)
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise BadModelError(f"{folder / INDEX} says {name} is in {file}, and it is not")
+            raise BadModelError(f"{folder / INDEX} says {name!r} is in {file!r}, and it is not")
     strays = tensors.keys() - weight_map.keys()
     if strays:
-        raise BadModelError(f"{folder / INDEX} does not name {sorted(strays)[0]}, which is in a shard")
+        raise BadModelError(f"{folder / INDEX} does not name {sorted(strays)[0]!r}, which is in a shard")
 
 
-def read_json(path: Path, error_class: type[BadModelError] | type[Any], hint: str) -> dict[str, Any]:
-    """A JSON object from a file, or `error_class` naming the file."""
+def read_json(
+    path: Path, error_class: type[BadModelError] | type[Any], hint: str, unique: bool = False
+) -> dict[str, Any]:
+    """A JSON object from a file, or `error_class` naming the file. `unique`: no name may be there twice."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = file.read(_MAX_JSON + 1)
+        if len(data) > _MAX_JSON:
+            raise error_class(f"{path} has more than {_MAX_JSON} bytes, too many for what it should be", hint)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates if unique else None)
     except FileNotFoundError as error:
         raise error_class(f"{path} is missing", hint) from error
     except (OSError, ValueError, RecursionError) as error:

@@ -68,7 +68,7 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
         ({"w": {**F32_2X3, "dtype": ["F32"]}}, b"\0" * 24, "not supported"),
         ({"w": {**F32_2X3, "shape": [-2, -3]}}, b"\0" * 24, "not sizes"),
         ({"w": {**F32_2X3, "shape": [True, 6]}}, b"\0" * 24, "not sizes"),
-        ({"w": {**F32_2X3, "shape": "23"}}, b"\0" * 24, "not sizes"),
+        ({"w": {**F32_2X3, "shape": "23"}}, b"\0" * 24, "lists of sizes"),
         ({"w": {"dtype": "F32", "shape": [6]}}, b"\0" * 24, "malformed"),
         ({"w": [1, 2]}, b"\0" * 24, "malformed"),
         ({"w": F32_2X3, "v": F32_2X3}, b"\0" * 24, "starts at byte"),  # overlapping
