@@ -11,7 +11,7 @@ from engine.merge.verify import fit as fits
 from engine.merge.verify.diagnose import Evidence, explain
 from engine.merge.verify.files import shortened
 from engine.merge.verify.fit import Fit
-from engine.merge.verify.measure import TensorStats
+from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.replay import weightings
 from engine.merge.verify.sample import draw
 from engine.merge.verify.verdict import Finding, Verdict, Weights

@@ -7,16 +7,18 @@ passes for lack of a name. `explain` is called by conclude.py with the tensors t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from engine.merge.verify import fit as fits
+from engine.merge.verify.asked import Asked
 from engine.merge.verify.files import Structure, shortened
 from engine.merge.verify.fit import Fit
+from engine.merge.verify.formulas import Task
 from engine.merge.verify.guess import Guess
-from engine.merge.verify.measure import TensorStats
+from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.replay import Rounding, Weighting, roundings, weightings
 from engine.merge.verify.sample import Sample, draw
 from engine.merge.verify.verdict import Finding, Weights
@@ -41,6 +43,9 @@ class Evidence:
     asked: Weights | None
     guess: Guess | None
     touched: tuple[str, ...]
+    spec: Asked
+    implied: str | None = None  # the label whose weight is what the others leave of the whole
+    tasks: dict[str, Task] = field(default_factory=dict)  # of the tensors that hold wrong elements
 
 
 def explain(evidence: Evidence, wrong: list[TensorStats], whole: Fit) -> list[Finding]:
@@ -151,7 +156,7 @@ def _weighting_findings(evidence: Evidence, way: Weighting, tensors: list[Tensor
     concerned = [
         t
         for t in evidence.stats
-        if any(d.label in way.labels for d in t.deltas) and t.ideal_unchanged < t.elements
+        if any(label in way.labels for label in t.labels) and t.ideal_unchanged < t.elements
     ]
     names = {tensor.name for tensor in tensors}
     others = [t for t in concerned if t.name not in names and not t.wrong]
@@ -254,8 +259,11 @@ def _ranks(tensors: Sequence[TensorStats], labels: Sequence[str]) -> list[Findin
     gone: dict[str, list[float]] = {label: [] for label in labels}
     rank: dict[str, int] = {}
     for tensor in tensors:
-        pieces = fits.rank_weights(tensor)
-        for delta, span, asked in zip(tensor.deltas, tensor.spans, tensor.asked, strict=True):
+        factors = tensor.factors
+        if factors is None:
+            continue
+        pieces = fits.rank_weights(factors, tensor.asked)
+        for delta, span, asked in zip(factors.deltas, factors.spans, tensor.asked, strict=True):
             if asked:
                 gone[delta.label].append(float(np.mean(np.abs(pieces[span] / asked) < 0.3)))
                 rank[delta.label] = delta.rank

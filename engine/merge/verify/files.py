@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.merge.verify.measure import same_bytes
+from engine.merge.verify.bits import same_bytes
+from engine.merge.verify.deltas import is_embedding
+from engine.merge.verify.terms import Term
 from engine.merge.verify.verdict import Finding
 from engine.weights.checkpoint import INDEX, Checkpoint
 from engine.weights.tensorfile import TensorInfo, file_sha256
@@ -45,26 +47,45 @@ class Structure:
     unexpected: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    untied: str | None = None  # the head that a change of one side made a tensor of its own
+    rows: int | None = None  # of the tables, where tokens were added
 
 
-def compare_tensors(base: Checkpoint, merged: Checkpoint, touched: Sequence[str]) -> Structure:
-    """Pair the tensors of both models; findings for missing, unexpected, reshaped and converted ones."""
+def compare_tensors(
+    base: Checkpoint, merged: Checkpoint, touched: Mapping[str, Sequence[Term]], of_models: bool = False
+) -> Structure:
+    """Pair the tensors of both models; findings for missing, unexpected, reshaped and converted ones.
+
+    `touched` gives what changes each tensor: it may name lm_head.weight of a tied base, and terms with more rows
+    than the base has (new tokens). An adapter that changes one side of a tied pair unties it.
+    """
     result = Structure()
-    missing = [name for name in base.tensors if name not in merged.tensors]
-    extra = [name for name in merged.tensors if name not in base.tensors]
+    held = dict(base.tensors)
+    head = next((name for name in touched if name.endswith("lm_head.weight") and name not in held), None)
+    embedding = next((name for name in base.tensors if is_embedding(name)), None)
+    if head is None and base.tied and embedding in touched and not of_models:
+        head = "lm_head.weight" if "lm_head.weight" not in held else None
+    if head is not None and embedding is not None:
+        held[head] = base.tensors[embedding]
+        result.untied = head
+    missing = [name for name in held if name not in merged.tensors]
+    extra = [name for name in merged.tensors if name not in held]
     _allow_tied(base, merged, touched, missing, extra, result.warnings)
     reshaped, converted = [], []
     main = merged.dtype
-    for name, ours in base.tensors.items():
+    for name, ours in held.items():
         theirs = merged.tensors.get(name)
         if theirs is None:
             continue
-        if theirs.shape != ours.shape:
-            reshaped.append(f"{name} is {list(theirs.shape)}, in the base {list(ours.shape)}")
+        shape = max([ours.shape, *(term.shape for term in touched.get(name, ()))])
+        if theirs.shape != shape:
+            reshaped.append(f"{name} is {list(theirs.shape)}, expected {list(shape)}")
         elif theirs.dtype != ours.dtype and (theirs.dtype != main or not ours.is_float):
             converted.append(f"{name} is {theirs.dtype}, in the base {ours.dtype}")
         else:
             result.pairs[name] = (ours, theirs)
+            if shape != ours.shape:
+                result.rows = shape[0]
     result.unexpected = extra
     for items, words in (
         (missing, "missing from the merge"),
@@ -87,7 +108,7 @@ def compare_tensors(base: Checkpoint, merged: Checkpoint, touched: Sequence[str]
 def _allow_tied(
     base: Checkpoint,
     merged: Checkpoint,
-    touched: Sequence[str],
+    touched: Mapping[str, Sequence[Term]],
     missing: list[str],
     extra: list[str],
     warnings: list[str],
@@ -97,22 +118,21 @@ def _allow_tied(
         (merged, extra, "is written out as a copy of the embedding"),
         (base, missing, "equals the embedding and was left out"),
     ):
-        for name in [n for n in names if n.endswith("lm_head.weight") and n not in touched]:
-            embedding = next((t for n, t in model.tensors.items() if n.endswith("embed_tokens.weight")), None)
+        for name in [n for n in names if n.endswith("lm_head.weight") and n in model.tensors]:
+            embedding = next((t for n, t in model.tensors.items() if is_embedding(n)), None)
             head = model.tensors[name]
             if embedding is None or (embedding.shape, embedding.dtype) != (head.shape, head.dtype):
                 continue
-            if (
-                (model is merged or merged.tied)
-                and embedding.name not in touched
-                and same_bytes(embedding, head) == 0
-            ):
+            left_out = model is base
+            if left_out and (not merged.tied or name in touched or embedding.name in touched):
+                continue
+            if same_bytes(embedding, head) == 0:
                 names.remove(name)
                 warnings.append(f"{name} {words}: the same model")
 
 
 def check_folder(
-    base: Checkpoint, merged: Checkpoint, allow_extra: Sequence[str]
+    base: Checkpoint, merged: Checkpoint, allow_extra: Sequence[str], structure: Structure
 ) -> tuple[list[Finding], list[str]]:
     """Findings and warnings about the files beside the weights."""
     findings: list[Finding] = []
@@ -132,7 +152,7 @@ def check_folder(
                 f"weight files in the folder that no index names: {shortened(stale)}",
             )
         )
-    _compare_config(base, merged, findings, warnings)
+    _compare_config(base, merged, structure, findings, warnings)
     for name in TOKENIZER_FILES:
         _compare_file(base.folder / name, merged.folder / name, findings, warnings)
     _compare_tokenizer_config(base.folder, merged.folder, findings, warnings)
@@ -146,7 +166,11 @@ def _is_weights(name: str) -> bool:
 
 
 def _compare_config(
-    base: Checkpoint, merged: Checkpoint, findings: list[Finding], warnings: list[str]
+    base: Checkpoint,
+    merged: Checkpoint,
+    structure: Structure,
+    findings: list[Finding],
+    warnings: list[str],
 ) -> None:
     ours, theirs = base.config, merged.config
     changed = [
@@ -154,10 +178,20 @@ def _compare_config(
         for key in ours
         if key in theirs and key not in CONFIG_FREE and ours[key] != theirs[key]
         and not (key == "tie_word_embeddings" and "lm_head.weight" in merged.tensors)
+        and not (key == "vocab_size" and structure.rows is not None and theirs[key] == structure.rows)
     ]  # fmt: skip
     if changed:
         words = "; ".join(f"{key} is {theirs[key]!r}, in the base {ours[key]!r}" for key in changed[:3])
         findings.append(Finding("unexpected_change", "config.json", f"config.json was changed: {words}"))
+    if structure.untied in merged.tensors and theirs.get("tie_word_embeddings") is True:
+        findings.append(
+            Finding(
+                "unexpected_change",
+                "config.json",
+                f"{structure.untied} is its own tensor now, and config.json still says tie_word_embeddings: a "
+                "loader would not read it",
+            )
+        )
     said = theirs.get("dtype") or theirs.get("torch_dtype")
     real = DTYPE_NAMES.get(merged.dtype)
     if said and real and str(said).removeprefix("torch.") != real:

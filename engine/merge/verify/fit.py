@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.merge.verify.measure import TensorStats
 from engine.merge.verify.rounding import Float64Array
+from engine.merge.verify.stats import FactorSums, TensorStats
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,6 @@ class Fit:
     floor: float
     cosines: Float64Array  # (K, K) between the deltas
     norms: Float64Array  # (K,) Frobenius norms of the scaled deltas
-
-
-def gram(stats: TensorStats) -> Float64Array:
-    """<dW_k, dW_l> of one tensor, (K, K)."""
-    product = stats.left_gram * stats.right_gram
-    scales = [delta.scale for delta in stats.deltas]
-    spans = stats.spans
-    return np.array(
-        [
-            [scales[k] * scales[m] * product[a, b].sum() for m, b in enumerate(spans)]
-            for k, a in enumerate(spans)
-        ]
-    )
-
-
-def against(stats: TensorStats, sums: Float64Array) -> Float64Array:
-    """<E, dW_k> of one tensor from B^T E A^T, (K,)."""
-    return np.array(
-        [
-            delta.scale * np.trace(sums[span, span])
-            for delta, span in zip(stats.deltas, stats.spans, strict=True)
-        ]
-    )
 
 
 def solve(matrix: Float64Array, right: Float64Array) -> Float64Array:
@@ -72,8 +49,7 @@ def fit(stats: Sequence[TensorStats], labels: Sequence[str]) -> Fit:
     elements = 0
     for tensor in stats:
         at = [position[label] for label in tensor.labels]
-        own = gram(tensor)
-        found_own, ideal_own = against(tensor, tensor.found), against(tensor, tensor.ideal)
+        own, found_own, ideal_own = tensor.gram, tensor.found, tensor.ideal
         matrix[np.ix_(at, at)] += own
         asked[at] += own @ tensor.asked
         found[at] += found_own
@@ -122,8 +98,11 @@ def fit_cross(stats: Sequence[TensorStats], labels: Sequence[str]) -> CrossFit |
     square = size = 0.0
     used = False
     for tensor in stats:
+        factors = tensor.factors
+        if factors is None:
+            return None
         place = {label: i for i, label in enumerate(tensor.labels)}
-        spans, deltas = tensor.spans, tensor.deltas
+        spans, deltas = factors.spans, factors.deltas
         here = [
             (k, m)
             for k, m in terms
@@ -133,18 +112,14 @@ def fit_cross(stats: Sequence[TensorStats], labels: Sequence[str]) -> CrossFit |
         scale = {(k, m): (deltas[place[k]].scale * deltas[place[m]].scale) ** 0.5 for k, m in here}
         for term in here:
             a, b = spans[place[term[0]]], spans[place[term[1]]]
-            right[index[term]] += scale[term] * np.trace(tensor.found[a, b])
+            right[index[term]] += scale[term] * np.trace(factors.found[a, b])
             for other in here:
                 c, d = spans[place[other[0]]], spans[place[other[1]]]
-                value = np.sum(tensor.left_gram[a, c] * tensor.right_gram[b, d])
+                value = np.sum(factors.left_gram[a, c] * factors.right_gram[b, d])
                 matrix[index[term], index[other]] += scale[term] * scale[other] * value
-        own, asked = gram(tensor), tensor.asked
+        asked = tensor.asked
         square += tensor.found_square
-        size += (
-            tensor.found_square
-            + 2 * float(asked @ against(tensor, tensor.found))
-            + float(asked @ own @ asked)
-        )
+        size += tensor.found_square + float(asked @ (2 * tensor.found + tensor.gram @ asked))
     if not used or size <= 0:
         return None
     x = solve(matrix, right)
@@ -152,12 +127,12 @@ def fit_cross(stats: Sequence[TensorStats], labels: Sequence[str]) -> CrossFit |
     return CrossFit((left / size) ** 0.5, {t: float(x[index[t]]) for t in terms if t[0] != t[1]})
 
 
-def rank_weights(tensor: TensorStats) -> Float64Array:
+def rank_weights(factors: FactorSums, weights: Float64Array) -> Float64Array:
     """The weight of each rank-1 piece B[:, i] A[i, :] of one tensor, (R,): partial ranks show as zeros."""
-    scales = np.concatenate([np.full(delta.rank, delta.scale) for delta in tensor.deltas])
-    asked = np.concatenate([np.full(d.rank, w) for d, w in zip(tensor.deltas, tensor.asked, strict=True)])
-    matrix = tensor.left_gram * tensor.right_gram * np.outer(scales, scales)
-    return np.asarray(asked + solve(matrix, np.diagonal(tensor.found) * scales))
+    scales = np.concatenate([np.full(delta.rank, delta.scale) for delta in factors.deltas])
+    asked = np.concatenate([np.full(d.rank, w) for d, w in zip(factors.deltas, weights, strict=True)])
+    matrix = factors.left_gram * factors.right_gram * np.outer(scales, scales)
+    return np.asarray(asked + solve(matrix, np.diagonal(factors.found) * scales))
 
 
 def least_separation(cosines: Float64Array) -> float:

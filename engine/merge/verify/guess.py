@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.merge.verify.fit import fit
-from engine.merge.verify.measure import TensorStats
+from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.replay import implied_weights
 from engine.merge.verify.sample import draw
 from engine.weights.checkpoint import Checkpoint

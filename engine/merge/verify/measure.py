@@ -21,61 +21,20 @@ rounded merge, round_T(v) - v, differ only where y is not round_T(v).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import BadTensorFileError
-from engine.merge.verify.deltas import Delta
+from engine.merge.verify.bits import BLOCK_ELEMENTS, raw_rows, widen_bits
 from engine.merge.verify.rounding import FORMATS, Array, Float32Array, Float64Array, fast_bits, round_to
-from engine.weights.tensorfile import ITEM_SIZE, TensorInfo, read_bytes
+from engine.merge.verify.stats import UNIT, FactorSums, TensorStats
+from engine.merge.verify.terms import Delta
+from engine.weights.tensorfile import TensorInfo
 
-UNIT = 2.0**-24
-BLOCK_ELEMENTS = (
-    1 << 16
-)  # 256 KiB of float32: buffers stay in the cache and the heap (measured 3x faster than 1 MiB)
 BLOCKS_READ = 4  # blocks read, and fitted, at once
 _DENSE_SHARE = 0.02  # above this share of unresolved elements a whole block is done in float64
 _GATHER = 1 << 15  # elements resolved at once
-
-
-@dataclass
-class TensorStats:
-    """What one touched tensor holds. Sums are float64; E is the merge minus what was asked for."""
-
-    name: str
-    deltas: tuple[Delta, ...]
-    asked: Float64Array  # (K,) weight of each delta
-    dtype: str
-    elements: int = 0
-    wrong: int = 0
-    unchanged: int = 0
-    ideal_unchanged: int = 0
-    not_finite: int = 0
-    first_wrong: tuple[int, int, float, float, float] | None = None  # row, column, found, lowest, highest
-    left_gram: Float64Array = field(default_factory=lambda: np.zeros((0, 0)))  # B^T B
-    right_gram: Float64Array = field(default_factory=lambda: np.zeros((0, 0)))  # A A^T
-    found: Float64Array = field(default_factory=lambda: np.zeros((0, 0)))  # B^T E A^T
-    ideal: Float64Array = field(default_factory=lambda: np.zeros((0, 0)))  # the same, ideally rounded
-    found_square: float = 0.0  # ||E||^2
-    ideal_square: float = 0.0
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return tuple(delta.label for delta in self.deltas)
-
-    @property
-    def spans(self) -> list[slice]:
-        """Where each delta's ranks lie in the R x R sums."""
-        ends = np.cumsum([delta.rank for delta in self.deltas])
-        return [slice(int(end) - delta.rank, int(end)) for end, delta in zip(ends, self.deltas, strict=True)]
-
-    @property
-    def untouched_in_fact(self) -> bool:
-        """Every element still is the base's."""
-        return self.unchanged == self.elements
 
 
 @dataclass(frozen=True)
@@ -166,13 +125,13 @@ def measure(
     factors = Factors.load(deltas, asked)
     stats = TensorStats(base.name, tuple(deltas), asked, merged.dtype, elements=base.elements)
     left64, right64 = factors.left.astype(np.float64), factors.right.astype(np.float64)
-    stats.left_gram, stats.right_gram = left64.T @ left64, right64 @ right64.T
+    by_rank = FactorSums(tuple(deltas), left64.T @ left64, right64 @ right64.T)
     step = max(1, BLOCK_ELEMENTS // max(1, base.columns))
     span = min(step * BLOCKS_READ, base.rows)
     sums = _Sums(factors, span)
     for first in range(0, base.rows, span):
         count = min(span, base.rows - first)
-        base_raw, merged_raw = _raw(base, first, count), _raw(merged, first, count)
+        base_raw, merged_raw = raw_rows(base, first, count), raw_rows(merged, first, count)
         for start in range(0, count, step):
             rows = min(step, count - start)
             part = slice(start * base.columns, (start + rows) * base.columns)
@@ -189,8 +148,10 @@ def measure(
                 judge,
             )
         sums.found += factors.left[first : first + count].T @ sums.error[:count]
-    stats.found = sums.found @ right64.T
-    stats.ideal = stats.found + sums.shift @ right64.T + sums.ideal
+    by_rank.found = sums.found @ right64.T
+    by_rank.ideal = by_rank.found + sums.shift @ right64.T + sums.ideal
+    stats.factors, stats.gram = by_rank, by_rank.gram()
+    stats.found, stats.ideal = by_rank.against(by_rank.found), by_rank.against(by_rank.ideal)
     return stats
 
 
@@ -340,47 +301,3 @@ def _not_finite(stats: TensorStats, error: Float32Array) -> None:
     bad = ~np.isfinite(error)
     stats.not_finite += int(np.count_nonzero(bad))
     error[bad] = 0.0
-
-
-def _raw(tensor: TensorInfo, first: int, count: int) -> Array:
-    """The stored bits of some rows, as a flat array of unsigned integers."""
-    size = tensor.columns * ITEM_SIZE[tensor.dtype]
-    return np.frombuffer(read_bytes(tensor, first * size, count * size), dtype=FORMATS[tensor.dtype].bits)
-
-
-def widen_bits(raw: Array, dtype: str) -> Float32Array:
-    """Stored bits as float32 values, exact. The verifier's own, not the merge's."""
-    if dtype == "BF16":
-        wide = raw.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    if dtype == "F16":
-        return raw.view(np.float16).astype(np.float32)
-    return raw.view(np.float32)
-
-
-def same_bytes(base: TensorInfo, merged: TensorInfo) -> int:
-    """How many elements of an untouched tensor differ: bit for bit, or after one rounding to another dtype."""
-    if base.dtype != merged.dtype and not (base.dtype in FORMATS and merged.dtype in FORMATS):
-        raise BadTensorFileError(
-            f"{merged.file}: {merged.name} is {merged.dtype}, and {base.dtype} in the base",
-            "only BF16, F16 and F32 can be compared across dtypes",
-        )
-    size, out = ITEM_SIZE[base.dtype], ITEM_SIZE[merged.dtype]
-    differing = 0
-    for first in range(0, base.elements, BLOCK_ELEMENTS):
-        count = min(BLOCK_ELEMENTS, base.elements - first)
-        ours, theirs = (
-            read_bytes(base, first * size, count * size),
-            read_bytes(merged, first * out, count * out),
-        )
-        if base.dtype == merged.dtype:
-            if ours != theirs:
-                a: Any = np.frombuffer(ours, np.uint8).reshape(count, size)
-                b: Any = np.frombuffer(theirs, np.uint8).reshape(count, size)
-                differing += int(np.count_nonzero((a != b).any(axis=1)))
-            continue
-        values = widen_bits(np.frombuffer(ours, FORMATS[base.dtype].bits), base.dtype)
-        expected = fast_bits(values, merged.dtype)
-        differing += int(np.count_nonzero(expected != np.frombuffer(theirs, FORMATS[merged.dtype].bits)))
-    return differing

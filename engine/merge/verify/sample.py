@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.merge.verify.measure import UNIT, TensorStats, widen_bits
-from engine.merge.verify.rounding import FORMATS, Array, Float64Array, round_to
+from engine.merge.verify.bits import read_block
+from engine.merge.verify.deltas import reference
+from engine.merge.verify.rounding import Array, Float64Array, round_to
+from engine.merge.verify.stats import UNIT, TensorStats
+from engine.merge.verify.terms import Delta, Term
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.tensorfile import ITEM_SIZE, TensorInfo, read_bytes
+from engine.weights.tensorfile import TensorInfo
 
 BUDGET = 120_000  # elements
 THIN = 6_000
@@ -77,25 +80,23 @@ def draw(
     parts = []
     share = max(1, budget // max(1, len(tensors)))
     for number, stats in enumerate(tensors):
-        ours, theirs = base.tensors[stats.name], merged.tensors[stats.name]
-        rows = _rows(ours, stats, max(1, share // max(1, ours.columns)))
+        theirs = merged.tensors[stats.name]
+        rows = _rows(theirs, stats, max(1, share // max(1, theirs.columns)))
+        ours = reference(base, stats.name)
+        assert ours is not None
         w, y = _values(ours, rows), _values(theirs, rows)
-        shape = (len(labels), rows.size * ours.columns)
+        shape = (len(labels), w.size)
         deltas, coarse, asked = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         spread, ranks = np.zeros(shape[1]), 0
-        for delta, weight in zip(stats.deltas, stats.asked, strict=True):
-            left, right = delta.factors()
-            k = position[delta.label]
-            some, whole = left[rows].astype(np.float64), right.astype(np.float64)
-            deltas[k] = delta.scale * (some @ whole).reshape(-1)
-            rounded = round_to(some, stats.dtype) @ round_to(whole, stats.dtype)
-            coarse[k] = delta.scale * rounded.reshape(-1)
+        for term, weight in zip(stats.terms, stats.asked, strict=True):
+            k = position[term.label]
+            deltas[k], coarse[k], size, roundings = _changes(term, ours, rows, w, stats.dtype)
             asked[k] = weight
-            norms = np.outer(np.linalg.norm(some, axis=1), np.linalg.norm(whole, axis=0))
-            spread += max(1.0, abs(weight)) * delta.scale * norms.reshape(-1)
-            ranks += delta.rank
-        bound = (ranks + 2 * len(stats.deltas) + 4) * UNIT * (np.abs(w) + spread)
-        parts.append((w, y, deltas, coarse, asked, bound, np.full(shape[1], number)))
+            spread += max(1.0, abs(weight)) * size
+            ranks += roundings
+        bound = (ranks + 2 * len(stats.terms) + 4) * UNIT * (np.abs(w).reshape(-1) + spread)
+        base_part = stats.base_share * w.reshape(-1)
+        parts.append((base_part, y.reshape(-1), deltas, coarse, asked, bound, np.full(shape[1], number)))
     columns = list(zip(*parts, strict=True))
     return Sample(
         tuple(labels),
@@ -103,6 +104,26 @@ def draw(
         tensors[0].dtype,
         *(np.concatenate(column, axis=-1) for column in columns),
     )
+
+
+def _changes(
+    term: Term, base: TensorInfo, rows: Array, values: Float64Array, dtype: str
+) -> tuple[Float64Array, Float64Array, Float64Array, int]:
+    """Deltas, deltas from factors rounded to `dtype` first, sizes (all flat) and roundings of some whole rows."""
+    if isinstance(term, Delta):
+        left, right = term.factors()
+        some, whole = left[rows].astype(np.float64), right.astype(np.float64)
+        size = abs(term.scale) * np.outer(np.linalg.norm(some, axis=1), np.linalg.norm(whole, axis=0))
+        rounded = term.scale * (round_to(some, dtype) @ round_to(whole, dtype))
+        return (term.scale * (some @ whole)).reshape(-1), rounded.reshape(-1), size.reshape(-1), term.rank
+    loaded = term.load(base)
+    width = values.shape[1]
+    pairs = [
+        loaded.block(int(row), values[i : i + 1].astype(np.float32)).exact(np.arange(width))
+        for i, row in enumerate(rows)
+    ]
+    delta, size = np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
+    return delta, delta, size + np.abs(values).reshape(-1), loaded.roundings
 
 
 def _rows(tensor: TensorInfo, stats: TensorStats, count: int) -> Array:
@@ -113,7 +134,5 @@ def _rows(tensor: TensorInfo, stats: TensorStats, count: int) -> Array:
 
 
 def _values(tensor: TensorInfo, rows: Array) -> Float64Array:
-    size = tensor.columns * ITEM_SIZE[tensor.dtype]
-    raw = b"".join(read_bytes(tensor, int(row) * size, size) for row in rows)
-    bits = np.frombuffer(raw, dtype=FORMATS[tensor.dtype].bits)
-    return widen_bits(bits, tensor.dtype).astype(np.float64)
+    """Whole rows, float64 (rows, columns)."""
+    return np.concatenate([read_block(tensor, int(row), 1) for row in rows]).astype(np.float64)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.merge.verify.measure import half_step, quick_equal, widen_bits
+from engine.merge.verify.bits import widen_bits
+from engine.merge.verify.measure import half_step, quick_equal
 from engine.merge.verify.rounding import FORMATS, fast_bits, round_to, truncate_to
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -1,0 +1,75 @@
+"""The k-th largest |d| of a whole tensor, exactly, in bounded memory: what TIES trims by.
+
+float32 numbers without their sign are ordered as their bits are. One pass counts the upper 16 bits of every |d|,
+which says in which bin the k-th largest lies; a second pass counts the lower 16 bits within that bin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from engine.merge.verify.rounding import Array, Float32Array
+
+Deltas = Callable[[], Iterable[Sequence[Float32Array]]]  # every block of rows, once more: the K deltas there
+
+
+class Sizes:
+    """How large the elements of K deltas of one tensor are."""
+
+    def __init__(self, deltas: Deltas, count: int) -> None:
+        self._deltas = deltas
+        self.counts = np.zeros((count, 1 << 15), dtype=np.int64)
+        for block in deltas():
+            for counts, delta in zip(self.counts, block, strict=True):
+                counts += np.bincount(_bits(delta) >> 16, minlength=1 << 15)
+        self.elements = int(self.counts[0].sum()) if count else 0
+
+    def thresholds(self, densities: Sequence[float]) -> list[float]:
+        """For each delta the int(density n)-th largest |d|: 0 at density 1 (all stay), infinity when none do."""
+        bins = [self._bin(k, density) for k, density in enumerate(densities)]
+        low = np.zeros((len(bins), 1 << 16), dtype=np.int64)
+        if any(found is not None for found in bins):
+            for block in self._deltas():
+                for k, (found, delta) in enumerate(zip(bins, block, strict=True)):
+                    if found is not None:
+                        bits = _bits(delta)
+                        low[k] += np.bincount(bits[bits >> 16 == found[0]] & 0xFFFF, minlength=1 << 16)
+        return [
+            _outside(density) if found is None else _number(found[0], _at_rank(low[k], found[1])[0])
+            for k, (density, found) in enumerate(zip(densities, bins, strict=True))
+        ]
+
+    def nearly(self, densities: Sequence[float]) -> list[float]:
+        """The same to 8 bits, without another pass: the lower ends of the bins."""
+        bins = [self._bin(k, density) for k, density in enumerate(densities)]
+        return [
+            _outside(density) if found is None else _number(found[0], 0)
+            for density, found in zip(densities, bins, strict=True)
+        ]
+
+    def _bin(self, k: int, density: float) -> tuple[int, int] | None:
+        keep = int(density * self.elements)
+        return None if density >= 1 or keep == 0 else _at_rank(self.counts[k], keep)
+
+
+def _outside(density: float) -> float:
+    return 0.0 if density >= 1 else math.inf
+
+
+def _number(upper: int, lower: int) -> float:
+    return float(np.array([(upper << 16) | lower], dtype=np.uint32).view(np.float32)[0])
+
+
+def _bits(values: Float32Array) -> Array:
+    return np.asarray(values.reshape(-1).view(np.uint32) & 0x7FFFFFFF)
+
+
+def _at_rank(counts: Array, rank: int) -> tuple[int, int]:
+    """The bin that holds the `rank`-th largest (1 is the largest), and its rank within the bin."""
+    above = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(above, rank))
+    index = len(counts) - 1 - place
+    return index, rank - (int(above[place]) - int(counts[index]))
