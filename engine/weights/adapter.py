@@ -1,9 +1,12 @@
-"""A PEFT LoRA adapter folder, read by header only: which base tensors it changes, by what factors.
+"""A PEFT LoRA adapter folder, read by header only: which base tensors it changes, and how.
 
 The delta of a linear layer is `scale * B @ A` (out x in), with A (r x in), B (out x r) and
 scale = alpha / r, or alpha / sqrt(r) for rsLoRA; `rank_pattern` and `alpha_pattern` change r and alpha for
-modules whose name ends in (or matches) a key, by PEFT's own rule. What cannot be merged exactly is refused
-by name, never skipped.
+modules whose name ends in (or matches) a key, by PEFT's own rule. The other variants are in
+engine/weights/changes.py. What cannot be merged exactly is refused by name, never skipped.
+
+Who can use every variant asks `changes(base)`; who can only use plain low-rank pairs asks `match(base)`, which
+refuses the rest. adapter_config, adapter_keys, adapter_match and adapter_experts are this file's own rooms.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,63 +24,32 @@ from typing import Any
 import numpy as np
 
 from engine.errors import BadAdapterError
+from engine.weights.adapter_config import CONFIG, LoraOptions, pattern_value, refuse_unsupported
+from engine.weights.adapter_keys import Pair, Parts, sort_tensors
+from engine.weights.adapter_match import OUTPUT, fit, tied_side, token_rows_of
+from engine.weights.changes import Change, ExpertFactor, LoraFactor
 from engine.weights.checkpoint import Checkpoint, read_json
 from engine.weights.tensorfile import TensorFile, TensorInfo, file_sha256, read_rows
 
-CONFIG = "adapter_config.json"
+__all__ = [
+    "CONFIG",
+    "PICKLE",
+    "WEIGHTS",
+    "Adapter",
+    "Health",
+    "LoraFactor",
+    "pattern_value",
+    "refuse_unsupported",
+]
+
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MANIFEST = "training.json"
-
-# Options of a LoraConfig under which the delta is not scale * B @ A of a linear layer, by their names for people.
-_NOT_MERGED = {
-    "use_dora": "DoRA (its merge is not linear in the weight)",
-    "modules_to_save": "modules_to_save (whole replaced modules)",
-    "target_parameters": "target_parameters (fused experts)",
-    "trainable_token_indices": "trainable_token_indices",
-    "alora_invocation_tokens": "activated LoRA (on only for some tokens)",
-    "lora_bias": "lora_bias",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "megatron_config": "Megatron layers",
-    "layer_replication": "layer_replication",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_qalora": "QALoRA",
-}
-# Options that decide how training starts or runs, not what the delta is. (CorDA, LoftQ and LoRA-GA change the
-# base when they start; init_lora_weights tells.)
-_HARMLESS = ("use_rslora", "eva_config", "velora_config", "corda_config", "lora_ga_config", "loftq_config",
-             "runtime_config")  # fmt: skip
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-_KEY = re.compile(
-    r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_A|lora_B)(?:\.default)?(?:\.weight)?$"
-)
-
-
-@dataclass(frozen=True)
-class LoraFactor:
-    """One module's low-rank pair: delta = scale * B @ A, B (out, r), A (r, in), both as stored on disk."""
-
-    module: str  # "model.layers.0.self_attn.q_proj"
-    a: TensorInfo
-    b: TensorInfo
-    rank: int
-    alpha: float
-    scale: float
-    transposed: bool = False  # fan_in_fan_out: the base weight is stored (in, out)
-
-    @property
-    def tensor_name(self) -> str:
-        """The base tensor it changes."""
-        return f"{self.module}.weight"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the base weight it fits, as stored there."""
-        out, inside = self.b.shape[0], self.a.shape[1]
-        return (inside, out) if self.transposed else (out, inside)
+_PICKLES = (PICKLE, "adapter_model.pt", "adapter_0.pt", "adapter_0.bin", "adapter.pt")  # torchtune's, too
+# Tables that PEFT saves by itself where the vocabulary was resized.
+_VOCABULARY = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+_HEADS = ("classifier", "score")  # PEFT adds these to modules_to_save of classifiers by itself
+_BLOCK = 1 << 22  # elements read at once
 
 
 @dataclass(frozen=True)
@@ -85,7 +58,7 @@ class Health:
 
     not_finite: tuple[str, ...]  # tensors holding NaN or infinity
     zero_b: tuple[str, ...]  # modules whose B (or A) is all zero: they change nothing (untrained)
-    norm_by_layer: tuple[float, ...]  # Frobenius norm of the scaled deltas of each layer, in float64
+    norm_by_layer: tuple[float, ...]  # Frobenius norm of the scaled low-rank deltas of each layer, in float64
 
     @property
     def ok(self) -> bool:
@@ -94,12 +67,18 @@ class Health:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter folder. `factors` is keyed by module name; nothing of the weights is in memory."""
+    """A LoRA adapter folder; nothing of the weights is in memory.
+
+    `factors` holds the plain low-rank pairs of linear layers and embeddings by module name. Where `plain` is
+    false it has other changes, too: only `changes(base)` gives all of them.
+    """
 
     folder: Path
     config: dict[str, Any]
     file: TensorFile
     factors: dict[str, LoraFactor]
+    options: LoraOptions
+    parts: Parts
     training: dict[str, Any] = field(default_factory=dict)  # our manifest, when the folder has one
 
     @classmethod
@@ -107,31 +86,37 @@ class Adapter:
         """Open a PEFT folder (adapter_config.json, adapter_model.safetensors).
 
         Raises:
-            BadAdapterError: not an adapter, pickle weights, a kind that cannot be merged exactly (named), a
-                key that is not a LoRA factor, an A without its B, ranks that do not agree with the config.
+            BadAdapterError: not an adapter, pickle weights, a kind that cannot be merged exactly (named), a key
+                that the config does not explain, an A without its B, ranks that do not agree with the config.
+            BadTensorFileError: the file is truncated or damaged.
         """
         if not folder.is_dir():
             raise BadAdapterError(f"{folder} is not a folder", f"an adapter is a folder with {CONFIG}")
         config = read_json(folder / CONFIG, BadAdapterError, f"an adapter folder has {CONFIG} and {WEIGHTS}")
-        refuse_unsupported(folder, config)
+        options = LoraOptions.read(folder, config)
         if not (folder / WEIGHTS).is_file():
-            if (folder / PICKLE).is_file():
-                raise BadAdapterError(
-                    f"{folder / PICKLE} is a pickle file, which is never loaded: it can run code",
-                    "where you trust it: PeftModel.from_pretrained(base, folder).save_pretrained(new, "
-                    "safe_serialization=True)",
-                )
+            for name in _PICKLES:
+                if (folder / name).is_file():
+                    raise BadAdapterError(
+                        f"{folder / name} is a pickle file, which is never loaded: it can run code",
+                        "where you trust it: PeftModel.from_pretrained(base, folder).save_pretrained(new, "
+                        "safe_serialization=True)",
+                    )
             raise BadAdapterError(f"{folder / WEIGHTS} is missing", "the adapter's weights are not here")
         file = TensorFile.open(folder / WEIGHTS)
-        factors = _pair(folder, config, file)
-        if not factors:
-            raise BadAdapterError(f"{folder / WEIGHTS} holds no LoRA factors")
+        parts = sort_tensors(file)
+        factors = {
+            pair.module: _factor(options, pair, bool(config.get("fan_in_fan_out")))
+            for pair in parts.pairs.values()
+            if not _of_parameter(options, pair)
+        }
+        _check_complete(file, options, parts, factors)
         training: dict[str, Any] = {}
         if (folder / MANIFEST).is_file():
             training = read_json(
                 folder / MANIFEST, BadAdapterError, "delete it to use the adapter without it"
             )
-        return cls(folder, config, file, factors, training)
+        return cls(folder, config, file, factors, options, parts, training)
 
     @property
     def name(self) -> str:
@@ -148,17 +133,17 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its modules."""
-        return max(factor.rank for factor in self.factors.values())
+        """The largest rank of its modules (of fused experts: as the config says); 0 when it has none."""
+        return max((self._rank(pair) for pair in self.parts.pairs.values()), default=0)
 
     @property
     def scales(self) -> tuple[float, ...]:
         """The different scales of its modules, ascending."""
-        return tuple(sorted({factor.scale for factor in self.factors.values()}))
+        return tuple(sorted({self._scale(pair) for pair in self.parts.pairs.values()}))
 
     @property
     def dtype(self) -> str:
-        return next(iter(self.factors.values())).b.dtype
+        return next(iter(self.file.tensors.values())).dtype
 
     @property
     def nbytes(self) -> int:
@@ -167,7 +152,7 @@ class Adapter:
     @property
     def targets(self) -> tuple[str, ...]:
         """Last parts of the module names it changes: ("down_proj", "q_proj", ...)."""
-        return tuple(sorted({module.rsplit(".", 1)[-1] for module in self.factors}))
+        return tuple(sorted({pair.module.rsplit(".", 1)[-1] for pair in self.parts.pairs.values()}))
 
     @property
     def base_name(self) -> str:
@@ -186,142 +171,221 @@ class Adapter:
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         return digest.hexdigest()
 
-    def match(self, base: Checkpoint) -> dict[str, LoraFactor]:
-        """Its factors by the name of the base tensor each one changes.
+    @property
+    def modules(self) -> int:
+        """Number of layers it changes, low-rank or whole."""
+        names = {pair.module for pair in self.parts.pairs.values()} | set(self.parts.token_rows)
+        return len(names | {name.rpartition(".")[0] for name in self.parts.saved})
 
-        Raises BadAdapterError when a factor matches no tensor of the base, or not its shape (names both).
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What it has besides plain low-rank pairs, in words: ("rsLoRA", "DoRA", "modules_to_save: lm_head")."""
+        return tuple(_variants(self.options, self.parts, self.factors))
+
+    @property
+    def plain(self) -> bool:
+        """Whether low-rank pairs of linear layers and embeddings are all it has, as far as its file says."""
+        whole = self.parts.saved or self.parts.token_rows
+        pairs = self.parts.pairs.values()
+        return not whole and all(
+            pair.magnitude is None and pair.bias is None and pair.module in self.factors for pair in pairs
+        )
+
+    def changes(self, base: Checkpoint) -> dict[str, Change]:
+        """Everything it does to the base, by base tensor name.
+
+        On a base with tied embeddings the key `lm_head.weight` may be there though the base has no such tensor:
+        then the output side changes apart from the input side (see `side`). A tensor saved with the adapter
+        that is the base's own is left out.
+
+        Raises BadAdapterError when a key matches no tensor of the base, or not its shape (names both), and when
+        two changes of one tensor cannot be added.
         """
-        matched = {}
-        for module, factor in self.factors.items():
-            tensor = base.tensors.get(factor.tensor_name)
-            if tensor is None:
-                near = next((name for name in base.tensors if name.endswith(".weight")), "nothing")
+        return fit(self.parts, self.options, base, self.factors, self.base_name)
+
+    def side(self, base: Checkpoint) -> str:
+        """Which side of the base's tied embeddings it changes: "input", "output", "both", or ""."""
+        return tied_side(base, set(self.changes(base)))
+
+    def match(self, base: Checkpoint) -> dict[str, LoraFactor]:
+        """Its factors by the name of the base tensor each one changes, for uses that know only those.
+
+        Raises BadAdapterError as `changes` does, and when it changes anything by other means (names the
+        variant) or the output side of tied embeddings alone.
+        """
+        matched: dict[str, LoraFactor] = {}
+        for name, change in self.changes(base).items():
+            if not isinstance(change, LoraFactor) or isinstance(change, ExpertFactor):
                 raise BadAdapterError(
-                    f"{self.file.path}: module {module} matches no tensor of {base.folder} "
-                    f"(looked for {factor.tensor_name}; the base has tensors like {near})",
-                    "this adapter belongs to another base",
+                    f"{self.file.path}: has {', '.join(self.variants) or type(change).__name__} ({name}), which "
+                    "only a merge can apply",
+                    "merge it into the base (medmerge merge), and use the result",
                 )
-            if tensor.shape != factor.shape:
+            if name == OUTPUT and name not in base.tensors:
                 raise BadAdapterError(
-                    f"{self.file.path}: {module} changes a {list(factor.shape)} weight, and {tensor.name} of "
-                    f"{base.folder} is {list(tensor.shape)}",
-                    "this adapter belongs to another base"
-                    + (f" ({self.base_name})" if self.base_name else ""),
+                    f"{self.file.path}: module {change.module} matches no tensor of {base.folder} (it ties its "
+                    "embeddings, and the adapter changes the output side alone)",
+                    "merge it into the base (medmerge merge), which unties them, and use the result",
                 )
-            matched[tensor.name] = factor
+            matched[name] = change
         return matched
 
     def health(self) -> Health:
-        """Read every factor once and look for NaN, infinity and all-zero B; norms via r x r Gram matrices."""
-        not_finite, zero_b = [], []
+        """Read every tensor once and look for NaN, infinity and all-zero B; norms via r x r Gram matrices.
+
+        The norms are those of the low-rank products, for DoRA without its magnitudes.
+        """
+        not_finite = [info.name for info in self.file.tensors.values() if info.is_float and not _finite(info)]
+        broken, zero_b = set(not_finite), []
         layers: dict[int, float] = {}
-        for factor in self.factors.values():
-            a, b = read_rows(factor.a).astype(np.float64), read_rows(factor.b).astype(np.float64)
-            not_finite += [
-                info.name for info, x in ((factor.a, a), (factor.b, b)) if not np.isfinite(x).all()
-            ]
+        for pair in self.parts.pairs.values():
+            infos = pair.whole()
+            a, b = (read_rows(info).astype(np.float64) for info in infos)
             if not b.any() or not a.any():
-                zero_b.append(factor.module)
-            layer = re.search(r"\.(\d+)\.", factor.module)
-            if layer and np.isfinite(a).all() and np.isfinite(b).all():
-                square = factor.scale**2 * float(np.sum((b.T @ b) * (a @ a.T)))
-                layers[int(layer[1])] = layers.get(int(layer[1]), 0.0) + max(square, 0.0)
+                zero_b.append(pair.module)
+            layer = re.search(r"\.(\d+)\.", pair.module)
+            if layer and not broken & {info.name for info in infos}:
+                square = max(sum(self._squares(pair, a, b)), 0.0)
+                layers[int(layer[1])] = layers.get(int(layer[1]), 0.0) + square
         norms = tuple(math.sqrt(layers.get(i, 0.0)) for i in range(max(layers, default=-1) + 1))
         return Health(tuple(not_finite), tuple(zero_b), norms)
 
-
-def refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
-    """Raise BadAdapterError for a kind or option that has no exact linear merge here, by its name."""
-    kind = str(config.get("peft_type", "")).upper()
-    path = folder / CONFIG
-    if kind != "LORA":
-        raise BadAdapterError(
-            f"{path}: peft_type is {kind or 'not given'}, only LORA can be merged exactly here"
-        )
-    for key, value in config.items():
-        unknown = key not in _HARMLESS and (key.startswith("use_") or key.endswith("_config"))
-        if value and (key in _NOT_MERGED or unknown):
-            raise BadAdapterError(
-                f"{path}: uses {_NOT_MERGED.get(key, key)}, which this version does not merge",
-                "only plain LoRA (alpha/r, rsLoRA, rank and alpha patterns) has an exact linear merge here",
+    def _squares(self, pair: Pair, a: Any, b: Any) -> Iterator[float]:
+        """Squared Frobenius norms of scale * B A: of the layer, or of each expert."""
+        rank, scale = self._rank(pair), self._scale(pair)
+        experts = a.shape[0] // rank
+        for expert in range(experts):
+            rows = a[expert * rank : (expert + 1) * rank]
+            columns = (
+                b[:, expert * rank : (expert + 1) * rank]
+                if self.options.grouped_experts or experts == 1
+                else b[:, expert::experts]
             )
-    if config.get("bias", "none") not in ("none", None):
+            yield scale**2 * float(np.sum((columns.T @ columns) * (rows @ rows.T)))
+
+    def _rank(self, pair: Pair) -> int:
+        if pair.module in self.factors and not pair.inner:
+            return self.factors[pair.module].rank
+        a, _ = pair.whole()
+        rank = self.options.r or a.shape[0]
+        return rank if a.shape[0] % rank == 0 else a.shape[0]
+
+    def _scale(self, pair: Pair) -> float:
+        if pair.module in self.factors and not pair.inner:
+            return self.factors[pair.module].scale
+        return self.options.scale(self._rank(pair), self.options.alpha_of(pair.module))
+
+
+def _factor(options: LoraOptions, pair: Pair, fan_in_fan_out: bool) -> LoraFactor:
+    """A layer's pair. Its orientation is the config's word until a base is seen (see adapter_match)."""
+    a, b = pair.whole()
+    rank, alpha = options.rank_of(pair.module, a.shape[0]), options.alpha_of(pair.module)
+    if a.shape[0] != rank:
         raise BadAdapterError(
-            f"{path}: trains biases (bias={config['bias']!r}), which this version does not merge"
-        )
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise BadAdapterError(
-            f"{path}: init_lora_weights is {start!r}: the base itself was changed when training began",
-            "convert it to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)",
-        )
-
-
-def _pair(folder: Path, config: dict[str, Any], file: TensorFile) -> dict[str, LoraFactor]:
-    halves: dict[str, dict[str, TensorInfo]] = {}
-    for name, tensor in file.tensors.items():
-        match = _KEY.match(name)
-        if not match:
-            raise BadAdapterError(f"{file.path}: key {name} is no lora_A or lora_B of a linear layer")
-        if len(tensor.shape) != 2 or not tensor.is_float or 0 in tensor.shape:
-            raise BadAdapterError(
-                f"{file.path}: {name} is {tensor.dtype} {list(tensor.shape)}, expected a float matrix"
-            )
-        pair = halves.setdefault(match["module"], {})
-        if match["part"] in pair:
-            raise BadAdapterError(f"{file.path}: two tensors for {match['part']} of {match['module']}")
-        pair[match["part"]] = tensor
-    factors = {}
-    for module, pair in halves.items():
-        if len(pair) != 2:
-            raise BadAdapterError(
-                f"{file.path}: {module} has only {next(iter(pair))}", "A and B come in pairs"
-            )
-        factors[module] = _factor(folder, config, module, pair["lora_A"], pair["lora_B"])
-    return factors
-
-
-def _factor(folder: Path, config: dict[str, Any], module: str, a: TensorInfo, b: TensorInfo) -> LoraFactor:
-    path = folder / CONFIG
-    rank = _number(path, "r", pattern_value(config.get("rank_pattern"), module, config.get("r", 0)))
-    alpha = _number(
-        path, "lora_alpha", pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    )
-    if a.shape[0] != b.shape[1] or a.shape[0] != rank:
-        raise BadAdapterError(
-            f"{a.file}: {module} has A {list(a.shape)} and B {list(b.shape)}; {path} says rank {int(rank)}",
+            f"{a.file}: {pair.module} has A {list(a.shape)} and B {list(b.shape)}; {options.path} says rank {rank}",
             "weights and config do not belong together",
         )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraFactor(module, a, b, int(rank), alpha, scale, bool(config.get("fan_in_fan_out")))
+    return LoraFactor(
+        pair.module, a, b, rank, alpha, options.scale(rank, alpha), bool(pair.embedding) or fan_in_fan_out
+    )
 
 
-def _number(path: Path, key: str, value: Any) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
-        raise BadAdapterError(f"{path}: {key} should be a positive number, and is {value!r}")
-    return float(value)
+def _of_parameter(options: LoraOptions, pair: Pair) -> bool:
+    """Whether the pair belongs to a parameter of the module (target_parameters), not to its `.weight`."""
+    if pair.inner:
+        return True
+    a, _ = pair.whole()
+    for target in options.target_parameters:
+        parent = target.rpartition(".")[0]
+        if parent and (pair.module == parent or pair.module.endswith("." + parent)):
+            return True
+    return bool(options.target_parameters) and options.rank_of(pair.module, a.shape[0]) != a.shape[0]
 
 
-def pattern_value(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the name or its end.
-
-    As `peft.utils.other.get_pattern_key`: a key matches when `(.*\\.)?(key)$` matches the module name from its
-    start, so a plain name must be whole parts at the end, and a key beginning with "^" the whole name.
-    """
-    if not isinstance(patterns, dict):
-        return default
-    for key, value in patterns.items():
-        expression = rf"(.*\.)?({key})$"
-        try:
-            if re.match(expression, module):
-                return value
-        except re.error as error:
+def _check_complete(
+    file: TensorFile, options: LoraOptions, parts: Parts, factors: dict[str, LoraFactor]
+) -> None:
+    """What the config promises must be in the file, and what is in the file must be explained by the config."""
+    if not (parts.pairs or parts.saved or parts.token_rows):
+        raise BadAdapterError(f"{file.path} holds no LoRA factors")
+    for name, info in parts.saved.items():
+        if not _explained(options, name):
             raise BadAdapterError(
-                f"rank_pattern/alpha_pattern key {key!r} is no regular expression: {error}"
-            ) from error
-    return default
+                f"{file.path}: key {info.name} is no lora_A or lora_B, and {options.path} does not say why it is "
+                "there (modules_to_save, bias)",
+                "it may belong to another kind of adapter",
+            )
+    for module in options.modules_to_save:
+        stored = any(_ends_in(name, module) for name in (*parts.saved, *parts.base_layers))
+        if not stored and module not in _HEADS:
+            raise BadAdapterError(
+                f"{file.path}: {options.path} names {module} in modules_to_save, and the file has no such tensor",
+                "the adapter was not saved whole; save it again",
+            )
+    if options.token_indices and not parts.token_rows:
+        raise BadAdapterError(
+            f"{file.path}: {options.path} has trainable_token_indices, and the file has no trained rows"
+        )
+    for module in parts.token_rows:
+        if not token_rows_of(options, module):
+            raise BadAdapterError(
+                f"{file.path}: {parts.token_rows[module].name} has trained rows, and {options.path} does not say "
+                "which (trainable_token_indices)"
+            )
+    for pair in parts.pairs.values():
+        if options.use_dora and pair.magnitude is None and pair.module in factors:
+            raise BadAdapterError(
+                f"{file.path}: {options.path} says use_dora, and {pair.module} has no lora_magnitude_vector",
+                "without its magnitudes a DoRA cannot be merged; save it again",
+            )
+        if options.lora_bias and pair.bias is None and not pair.embedding and pair.module in factors:
+            raise BadAdapterError(
+                f"{file.path}: {options.path} says lora_bias, and {pair.module} has no lora_B.bias"
+            )
+
+
+def _explained(options: LoraOptions, name: str) -> bool:
+    module, _, leaf = name.rpartition(".")
+    if leaf == "bias" and options.bias != "none":
+        return True
+    if leaf == "weight" and module.rpartition(".")[2] in _VOCABULARY:
+        return True
+    return any(_ends_in(name, saved) for saved in options.modules_to_save)
+
+
+def _ends_in(name: str, saved: str) -> bool:
+    """PEFT's rule for modules_to_save: a module whose name ends in the text, and all below it."""
+    parts = name.split(".")
+    return any(".".join(parts[:count]).endswith(saved) for count in range(1, len(parts)))
+
+
+def _variants(options: LoraOptions, parts: Parts, factors: dict[str, LoraFactor]) -> Iterator[str]:
+    pairs = parts.pairs.values()
+    if options.use_rslora:
+        yield "rsLoRA"
+    if any(pair.magnitude is not None for pair in pairs):
+        yield "DoRA"
+    if names := _last(pair.module for pair in pairs if pair.embedding):
+        yield f"embedding LoRA: {names}"
+    if names := _last(pair.module for pair in pairs if pair.module not in factors or pair.inner):
+        yield f"fused parameters: {names}"
+    if names := _last(name.rpartition(".")[0] for name in parts.saved if not name.endswith(".bias")):
+        yield f"modules_to_save: {names}"
+    if any(name.endswith(".bias") for name in (*parts.saved, *parts.base_layers)):
+        yield "trained biases"
+    if any(pair.bias is not None for pair in pairs):
+        yield "lora_bias"
+    if names := _last(parts.token_rows):
+        yield f"trained token rows: {names}"
+
+
+def _last(modules: Any) -> str:
+    return ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+
+
+def _finite(info: TensorInfo) -> bool:
+    step = max(1, _BLOCK // max(1, info.columns))
+    return all(
+        np.isfinite(read_rows(info, first, min(step, info.rows - first))).all()
+        for first in range(0, info.rows, step)
+    )

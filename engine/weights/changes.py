@@ -1,10 +1,13 @@
 """What an adapter can do to one base tensor. Each change knows its own delta; all are read from disk by blocks.
 
     LoraFactor    delta = scale * B A, of a linear layer, or transposed (Conv1D, embedding)
-    Experts       one LoraFactor for each expert of a fused (experts, rows, columns) tensor
+    ExpertFactor  the same for one expert's tensor, cut from factors that were trained for all experts as one
+    Experts       one low-rank change for each expert of a fused (experts, rows, columns) tensor
     Replacement   delta = X - W, X a whole tensor saved with the adapter (modules_to_save, trained bias)
+    TokenRows     delta = x_i - W_i for some rows i only (trainable_token_indices)
     Addition      delta = scale * x, x a vector saved with the adapter (lora_bias)
     Dora          delta = m / |W + s B A| * (W + s B A) - W, norms over each output's row; not linear in a weight
+    Sum           several of them on one tensor: their deltas, each taken from W, add up
 
 A weight w adds w * delta to the base tensor. For all but Dora that is what the weight means in PEFT, too; for
 Dora it is the straight line between the base and the adapted weight, and whoever shows it says so.
@@ -12,6 +15,7 @@ Dora it is the straight line between the base and the adapted weight, and whoeve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +54,12 @@ class LoraFactor:
 
 @dataclass(frozen=True)
 class Experts:
-    """Low-rank changes of a fused tensor (experts, rows, columns), in PEFT's `target_parameters` layout."""
+    """Low-rank changes of a fused tensor (experts, rows, columns), in PEFT's `target_parameters` layout.
+
+    A (experts * r, in) holds expert e in rows e * r ... ; B (out, r * experts) holds column k of expert e at
+    k * experts + e (PEFT's `ParamWrapper.get_delta_weight`), or, where `grouped`, at e * r + k (Unsloth's own
+    layout, told by `lora_B_layout: grouped_by_expert` in the config).
+    """
 
     module: str
     a: TensorInfo
@@ -59,8 +68,9 @@ class Experts:
     alpha: float
     scale: float
     experts: int
-    transposed: bool
+    transposed: bool  # the base stores (experts, in, out)
     tensor: str
+    grouped: bool = False
 
     @property
     def tensor_name(self) -> str:
@@ -74,8 +84,40 @@ class Experts:
     def factors(self, expert: int) -> tuple[Float32Array, Float32Array]:
         """L (rows, r) and R (r, columns) of one expert, float32, unscaled."""
         a = read_rows(self.a, expert * self.rank, self.rank)
-        b = np.ascontiguousarray(read_rows(self.b).reshape(-1, self.rank, self.experts)[:, :, expert])
+        b = expert_columns(read_rows(self.b), expert, self.rank, self.experts, self.grouped)
         return (a.T, b.T) if self.transposed else (b, a)
+
+
+def expert_columns(b: Float32Array, expert: int, rank: int, experts: int, grouped: bool) -> Float32Array:
+    """One expert's B (out, rank) from the stacked one (out, rank * experts)."""
+    if grouped:
+        return np.ascontiguousarray(b[:, expert * rank : (expert + 1) * rank])
+    return np.ascontiguousarray(b.reshape(-1, rank, experts)[:, :, expert])
+
+
+@dataclass(frozen=True)
+class ExpertFactor(LoraFactor):
+    """One expert's tensor where the base keeps experts apart and the adapter was trained on the fused ones.
+
+    transformers 5 fuses `experts.3.gate_proj` and `experts.3.up_proj` into rows of `experts.gate_up_proj` when
+    it loads them. L is rows `first_row ...` of the expert's B, R the expert's A; `a` and `b` are the stacked ones.
+    """
+
+    expert: int = 0
+    experts: int = 1
+    first_row: int = 0
+    rows: int = 0
+    grouped: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, self.a.shape[1])
+
+    def factors(self) -> tuple[Float32Array, Float32Array]:
+        """L (rows, r) and R (r, columns), float32, unscaled."""
+        part = read_rows(self.b, self.first_row, self.rows)
+        columns = expert_columns(part, self.expert, self.rank, self.experts, self.grouped)
+        return columns, read_rows(self.a, self.expert * self.rank, self.rank)
 
 
 @dataclass(frozen=True)
@@ -93,6 +135,24 @@ class Replacement:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding trained alone: row `rows[i]` becomes row i of `values` (n, width).
+
+    `shape` is the base tensor's own.
+    """
+
+    module: str
+    values: TensorInfo
+    rows: tuple[int, ...]
+    tensor: str
+    shape: tuple[int, ...]
+
+    @property
+    def tensor_name(self) -> str:
+        return self.tensor
 
 
 @dataclass(frozen=True)
@@ -133,4 +193,42 @@ class Dora:
         return self.low_rank.shape
 
 
-Change = LoraFactor | Experts | Replacement | Addition | Dora
+@dataclass(frozen=True)
+class Sum:
+    """Several changes of one tensor by one adapter, as an embedding saved whole and adapted by LoRA besides.
+
+    delta = sum of the parts' deltas, each taken from the base's W; never holds a Dora. All have one shape.
+    """
+
+    parts: tuple[LoraFactor | Experts | Replacement | TokenRows | Addition, ...]
+
+    @property
+    def module(self) -> str:
+        return self.parts[0].module
+
+    @property
+    def tensor_name(self) -> str:
+        return self.parts[0].tensor_name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+
+Change = LoraFactor | Experts | Replacement | TokenRows | Addition | Dora | Sum
+
+
+def tensors_of(change: Change) -> Iterator[TensorInfo]:
+    """Every tensor of the adapter's file that decides this change."""
+    match change:
+        case LoraFactor() | Experts():
+            yield change.a
+            yield change.b
+        case Replacement() | TokenRows() | Addition():
+            yield change.values
+        case Dora():
+            yield from tensors_of(change.low_rank)
+            yield change.magnitude
+        case Sum():
+            for part in change.parts:
+                yield from tensors_of(part)

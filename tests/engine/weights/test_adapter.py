@@ -136,15 +136,30 @@ def test_health_norms_and_findings(adapter_folder: Path, tmp_path: Path) -> None
     [
         ({"peft_type": "LOHA"}, "peft_type is LOHA"),
         ({"peft_type": "ADALORA"}, "peft_type is ADALORA"),
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "biases"),
+        ({"use_dora": True}, "use_dora, and model.layers.0.mlp.down_proj has no lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head in modules_to_save, and the file has no such tensor"),
+        ({"lora_bias": True}, "has no lora_B.bias"),
+        ({"trainable_token_indices": [3]}, "the file has no trained rows"),
+        ({"bias": "some"}, "bias is 'some', expected none, all or lora_only"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa"),
         ({"init_lora_weights": "lora_ga"}, "lora_ga"),
         ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
         ({"use_something_new": True}, "use_something_new"),
         ({"r": 5}, "says rank 5"),
-        ({"r": "4"}, "r should be a positive number"),
+        ({"r": "four"}, "r should be a positive number"),
+        ({"r": 4.5}, "r should be a positive whole number"),
+        ({"rank_pattern": [4]}, "rank_pattern should map module names to numbers"),
+        ({"peft_type": None, "lora_alpha": None}, "peft_type is not given"),
+        ({"lora_B_layout": "new"}, "lora_B_layout is 'new'"),
+        ({"target_parameters": "experts"}, "target_parameters should be a list of names"),
+        ({"trainable_token_indices": [-1]}, "should be a list of token numbers"),
+        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"kasa_config": {"beta": 1}}, "KaSA"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"peft_type": None, "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "mlx-lm"),
         ({"lora_alpha": None}, "lora_alpha should be a positive number"),
         ({"lora_alpha": float("nan")}, "lora_alpha should be a positive number"),
         ({"alpha_pattern": {"(": 1}}, "no regular expression"),
@@ -213,7 +228,9 @@ def test_discovery_lists_what_is_unusable_with_the_reason(
     found = {one.path.name: one for one in find_adapters([tmp_path])}
     assert found.keys() == {"good", "dora", "cut", "bare"}
     assert found["good"].adapter is not None and found["good"].error is None
-    assert "DoRA" in str(found["dora"].error) and "adapter_config.json is missing" in str(found["bare"].error)
+    assert "a DoRA cannot be merged" in str(found["dora"].error) and "adapter_config.json is missing" in str(
+        found["bare"].error
+    )
     assert isinstance(found["cut"].error, BadTensorFileError)
 
     shutil.copytree(tiny_llama, tmp_path / "models" / "base")

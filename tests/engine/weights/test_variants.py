@@ -1,10 +1,13 @@
-"""The variants' own fixture: on a tied base PEFT's forward pass is that of the merge of one side alone."""
+"""Every variant's changes, summed in float64, against PEFT's own merge in float32; and the fixture itself."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from engine.weights import Checkpoint
 from tests.conftest import MakeVariant
+from tests.engine.weights import dense
 from tests.engine.weights.variants import VARIANT_NAMES, VARIANTS
 
 
@@ -28,3 +31,19 @@ def test_tied_reference_is_pefts_forward(variant: MakeVariant, name: str) -> Non
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert case.untied and (case.merged["lm_head.weight"] != case.merged["model.embed_tokens.weight"]).any()
     assert VARIANTS[name].base == "qwen3"
+
+
+@pytest.mark.parametrize("name", VARIANT_NAMES)
+def test_changes_are_pefts_merge(variant: MakeVariant, name: str) -> None:
+    case = variant(name)
+    ours = dense.merged(case.adapter, case.base)
+    assert ours.keys() == case.merged.keys()
+    base = {key: dense.stored(info) for key, info in Checkpoint.open(case.base).tensors.items()}
+    changed = 0
+    for key, theirs in case.merged.items():
+        assert ours[key].shape == theirs.shape, key
+        assert np.linalg.norm(ours[key] - theirs) <= 1e-6 * np.linalg.norm(theirs), key
+        if key in base and base[key].shape == theirs.shape:
+            assert np.abs(ours[key] - theirs).max() <= 2e-6 * np.abs(theirs).max(), key
+            changed += not np.array_equal(base[key], ours[key])
+    assert changed, "the adapter changed nothing"
