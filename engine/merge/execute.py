@@ -6,51 +6,67 @@ not to, verified. A merge that fails its verification is kept as `OUT.rejected` 
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from engine.atomic import JOURNAL, need_space, new_folder, refuse_existing, sync_tree, write_json
+from engine.errors import BadRecipeError
 from engine.jobs.events import EventWriter
 from engine.merge import manifest as manifests
-from engine.merge.plan import Plan, config_text, make_plan, refuse_broken_adapters
+from engine.merge.companions import copy_companions
+from engine.merge.journal import Journal, fingerprint
+from engine.merge.kernel import kernel
+from engine.merge.plan import Plan, make_plan, refuse_broken_adapters
 from engine.merge.recipe import Recipe
-from engine.merge.selectors import DEFAULT
 from engine.merge.stream import stream_merge
-from engine.weights.checkpoint import INDEX
 
-NOT_WEIGHTS = (JOURNAL, manifests.NAME)
+REPORT = "verification.json"
+NOT_WEIGHTS = (JOURNAL, manifests.NAME, REPORT)
 _COMPANION_ROOM = 64_000_000  # bytes kept free for tokenizer, configs and the manifest
 
 
 def merge(
-    recipe: Recipe, events: EventWriter, verify: bool = True, threads: int | None = None
+    recipe: Recipe,
+    events: EventWriter,
+    verify: bool = True,
+    threads: int | None = None,
+    note_every: int | None = None,
 ) -> dict[str, Any]:
-    """Merge as the recipe says. Returns out, seconds, bytes_written, manifest, verdict and exit_code.
+    """Merge as the recipe says. Returns out, seconds, bytes_written, resumed_bytes, manifest, verdict, exit_code.
 
-    `verdict` is the verification's JSON (None without one); exit_code 0 done, 1 the verification said no
-    (then `out` is the `.rejected` folder), 4 it could not tell.
+    `verdict` is the verification's JSON (None without one), also in verification.json beside the merge; exit_code
+    0 done, 1 the verification said no (then `out` is the `.rejected` folder), 4 it could not tell. A merge that a
+    kill, a cancel or a full disk ended goes on where it stopped when it is run again. `note_every`: bytes of a
+    shard between two notes of the journal.
 
     Raises:
-        TargetExistsError, NoSpaceError, BadInputError and kin: nothing is left behind.
+        TargetExistsError, NoSpaceError, BadInputError and kin: nothing is left behind under the name.
     """
+    if recipe.kind == "adapter":
+        return _merge_adapters(recipe, events, verify)
+    if recipe.gguf:
+        raise BadRecipeError("output.gguf", "merge first, then: medmerge gguf MERGE --type TYPE")
     started = time.monotonic()
     refuse_existing(recipe.output)
     plan = make_plan(recipe)
     refuse_broken_adapters(plan)
-    need_space(recipe.output.parent, plan.bytes_written + _COMPANION_ROOM, "the merge")
     for warning in plan.warnings:
         events.warning(warning)
     out, verdict = recipe.output, None
-    with new_folder(recipe.output) as partial:
-        hashes = stream_merge(plan, partial, events, threads)
+    with new_folder(recipe.output, resume=True) as partial:
+        mark = fingerprint(recipe.to_dict(), plan.input_files, {"kernel": kernel().name})
+        with Journal.start(partial, mark, note_every) as journal:
+            there = sum(path.stat().st_blocks * 512 for path in partial.iterdir() if path.is_file())
+            need_space(partial, plan.bytes_written + _COMPANION_ROOM - there, "the merge")
+            streamed = stream_merge(plan, partial, events, threads, journal)
         copy_companions(plan, partial)
-        record = manifests.make_manifest(plan, hashes, partial, time.monotonic() - started)
+        record = manifests.make_manifest(plan, streamed, partial, time.monotonic() - started)
         write_json(partial / manifests.NAME, record)
         if verify:
             verdict = _verify(plan, partial, events)
+            write_json(partial / REPORT, verdict)
+            record["output"]["files"][REPORT] = manifests.file_sha256(partial / REPORT)
         record["verification"] = summary(verdict)
         write_json(partial / manifests.NAME, record)
         if verdict is not None and verdict["exit_code"] == 1:
@@ -59,27 +75,63 @@ def merge(
         "out": str(out),
         "seconds": round(time.monotonic() - started, 3),
         "bytes_written": plan.bytes_written,
+        "resumed_bytes": streamed.resumed_bytes,
         "manifest": record,
         "verdict": verdict,
         "exit_code": verdict["exit_code"] if verdict else 0,
     }
 
 
+def asked_of(plan: Plan) -> Any:
+    """What the verifier is to expect: the plan's numbers by tensor, before normalize and lambda."""
+    from engine.merge.verify.asked import Asked, AskedEntry
+
+    recipe = plan.recipe
+    entries = tuple(
+        AskedEntry(
+            entry.label,
+            entry.path,
+            entry.kind,
+            plan.weights[entry.label],
+            plan.densities.get(entry.label, {"default": 1.0}),
+        )
+        for entry in recipe.entries
+    )
+    t = {tensor.target.name: tensor.t for tensor in plan.changed} if recipe.method == "slerp" else {}
+    return Asked(
+        method=recipe.method,
+        entries=entries,
+        t={"default": 0.5, **t},
+        lam=recipe.parameters.lam,
+        normalize=recipe.parameters.normalize,
+        rescale=recipe.parameters.rescale,
+        seed=recipe.parameters.seed,
+        vocabulary=recipe.vocabulary,
+    )
+
+
 def _verify(plan: Plan, partial: Path, events: EventWriter) -> dict[str, Any]:
     from engine.merge.verify import verify_merge
 
-    entries = plan.recipe.adapters
-    mixed = any(entry.uniform is None for entry in entries)
+    recipe = plan.recipe
     verdict = verify_merge(
-        partial,
-        plan.recipe.base,
-        {entry.label: entry.path for entry in entries},
-        {entry.label: entry.weights.get(DEFAULT, next(iter(entry.weights.values()))) for entry in entries},
-        events,
-        per_tensor_weights=plan.weights if mixed else None,
-        allow_extra_files=NOT_WEIGHTS,
+        partial, recipe.base, {}, None, events, allow_extra_files=NOT_WEIGHTS, asked=asked_of(plan)
     )
     return {**verdict.to_json(), "exit_code": verdict.exit_code}
+
+
+def _merge_adapters(recipe: Recipe, events: EventWriter, verify: bool) -> dict[str, Any]:
+    """Several adapters into one (output.kind adapter)."""
+    from engine.merge.combine import Part, combine
+
+    refuse_existing(recipe.output)
+    plan = make_plan(recipe)
+    refuse_broken_adapters(plan)
+    for warning in plan.warnings:
+        events.warning(warning)
+    assert recipe.base is not None
+    parts = [Part(entry.label, entry.path, plan.counted[entry.label]) for entry in recipe.entries]
+    return combine(recipe.base, parts, recipe.output, events, recipe.rank, recipe.to_dict(), verify)
 
 
 def summary(verdict: dict[str, Any] | None) -> dict[str, Any]:
@@ -104,20 +156,3 @@ def reject(partial: Path, target: Path) -> Path:
         kept = target.with_name(f"{target.name}.rejected-{number}")
     partial.rename(kept)
     return kept
-
-
-def copy_companions(plan: Plan, folder: Path) -> None:
-    """Tokenizer, chat template, generation config and index beside the weights; config.json with its dtype."""
-    base = plan.base
-    for path in base.companions:
-        target = folder / path.relative_to(base.folder)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
-    config = config_text(base, plan.recipe.dtype)
-    if config is not None:
-        (folder / "config.json").write_text(config, encoding="utf-8")
-    if base.index_path is not None:
-        index = json.loads(base.index_path.read_text(encoding="utf-8"))
-        total = sum(tensor.target.nbytes for tensor in plan.tensors)
-        index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

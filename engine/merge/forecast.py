@@ -19,16 +19,23 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.jobs.events import EventWriter
+from engine.merge.files import OpenFiles
+from engine.merge.kernel.plain import narrow, widen
 from engine.merge.plan import Plan, TensorPlan
-from engine.merge.rounding import holds_nan, narrow_bf16, widen_into
-from engine.merge.stream import BLOCK_ELEMENTS, default_threads, stack_factors
-from engine.weights.tensorfile import read_bytes, read_rows
+from engine.merge.recipe import LINEAR
+from engine.merge.stream import BLOCK_ELEMENTS, blocks_of, default_threads
+from engine.merge.terms import load
+from engine.merge.work import Block, Buffers, Work
+from engine.weights.changes import Experts, LoraFactor
+from engine.weights.tensorfile import ITEM_SIZE
 
 SAMPLED_TENSORS = 12
 SAMPLED_ELEMENTS = 1 << 15  # per tensor
 LOSS_WORTH_SAYING = 0.02
 _PROBE_BYTES = 16_000_000
-_FIXED_MEMORY = 60_000_000  # interpreter and numpy
+_FIXED_MEMORY = 55_000_000  # interpreter and numpy
+_FIXED_SECONDS = 0.3  # to start a process
+_COPY_TIME = 1 / 4e9  # seconds to read and write one byte that only moves
 
 Float64 = npt.NDArray[np.float64]
 
@@ -45,7 +52,8 @@ def forecast(plan: Plan, events: EventWriter, threads: int | None = None) -> dic
     free = shutil.disk_usage(parent).free
     loss = rounding_loss(plan)
     advice = []
-    lost = {label: share for label, share in loss["rounding_loss"].items() if share > LOSS_WORTH_SAYING}
+    shares = loss["rounding_loss"] or {}
+    lost = {label: share for label, share in shares.items() if share > LOSS_WORTH_SAYING}
     if lost and plan.dtype != "float32":
         told = ", ".join(f"{share:.0%} of {label}" for label, share in lost.items())
         finer = "float16 or float32" if plan.dtype == "bfloat16" else "float32"
@@ -67,41 +75,51 @@ def forecast(plan: Plan, events: EventWriter, threads: int | None = None) -> dic
 
 
 def memory(plan: Plan, workers: int) -> int:
-    """Peak resident bytes, about: the interpreter, each worker's buffers, one tensor's factors."""
+    """Peak resident bytes, about: the interpreter, each worker's buffers, the factors of four tensors."""
     widest = max((tensor.source.columns for tensor in plan.tensors if not tensor.copied), default=1)
-    factors = max(
-        (
-            4 * sum(part.factor.rank for part in tensor.parts) * sum(tensor.source.shape) * 3
-            for tensor in plan.changed
-        ),
-        default=0,
-    )
-    return _FIXED_MEMORY + workers * 17 * max(BLOCK_ELEMENTS, widest) + factors
+    linear = plan.recipe.method in LINEAR
+    entries = 0 if linear else len(plan.recipe.entries) + 1
+    ranks = max((_ranks(tensor) * sum(tensor.source.shape[-2:]) for tensor in plan.changed), default=0)
+    factors = 4 * 4 * ranks * (2 if linear else 3)
+    return _FIXED_MEMORY + workers * (12 + 4 * entries) * max(BLOCK_ELEMENTS, widest) + factors
+
+
+def _ranks(tensor: TensorPlan) -> int:
+    low = [part.change for part in tensor.parts if isinstance(part.change, LoraFactor | Experts)]
+    return sum(change.rank * (change.experts if isinstance(change, Experts) else 1) for change in low)
 
 
 def rounding_loss(plan: Plan) -> dict[str, Any]:
-    """The sampled forecast described above: expected_weights, rounding_loss, unchanged_share, sampled_elements."""
-    labels = [entry.label for entry in plan.recipe.adapters]
+    """The sampled forecast described above: expected_weights, rounding_loss, unchanged_share, sampled_elements.
+
+    The first two are None where the method is not linear in the weights.
+    """
+    labels = [entry.label for entry in plan.recipe.entries]
+    if plan.recipe.method not in LINEAR:
+        return {
+            "expected_weights": None,
+            "rounding_loss": None,
+            "unchanged_share": None,
+            "sampled_elements": 0,
+        }
     gram, rhs = np.zeros((len(labels), len(labels))), np.zeros(len(labels))
     same = count = 0
-    for tensor in _spread(plan.changed, SAMPLED_TENSORS):
-        rows = max(1, min(tensor.source.rows, SAMPLED_ELEMENTS // max(1, tensor.source.columns)))
-        first = (tensor.source.rows - rows) // 2
-        base = read_rows(tensor.source, first, rows).astype(np.float64).ravel()
-        deltas = np.zeros((len(labels), base.size))
-        for part in tensor.parts:
-            a, b = (read_rows(info).astype(np.float64) for info in (part.factor.a, part.factor.b))
-            left, right = (a.T, b.T) if part.factor.transposed else (b, a)
-            block = left[first : first + rows] @ right
-            deltas[labels.index(part.label)] += part.weight * part.factor.scale * block.ravel()
-        rounded = _round(base + deltas.sum(axis=0), tensor.target.dtype)
-        gram += deltas @ deltas.T
-        rhs += deltas @ (rounded - base)
-        same += int(np.count_nonzero(rounded == base))
-        count += base.size
-    kept = _solve(gram, rhs)
-    asked = {entry.label: entry.uniform for entry in plan.recipe.adapters}
-    shares = dict(zip(labels, kept, strict=True))
+    with OpenFiles() as files:
+        for tensor in _spread(plan.changed, SAMPLED_TENSORS):
+            block, data = _middle(tensor, files)
+            base = widen(data, tensor.source.dtype, block.elements).astype(np.float64)
+            deltas = np.zeros((len(labels), base.size))
+            for part in tensor.parts:
+                own = np.empty(block.elements, np.float32)
+                load(part, tensor, files, alone=True).delta(block, data, own)
+                deltas[labels.index(part.label)] += part.weight * own.astype(np.float64)
+            rounded = _round(tensor.base_weight * base + deltas.sum(axis=0), tensor.target.dtype)
+            gram += deltas @ deltas.T
+            rhs += deltas @ (rounded - tensor.base_weight * base)
+            same += int(np.count_nonzero(rounded == base))
+            count += base.size
+    shares = dict(zip(labels, _solve(gram, rhs), strict=True))
+    asked = {entry.label: entry.uniform for entry in plan.recipe.entries}
     return {
         "expected_weights": {
             label: None if weight is None else round(weight * shares[label], 4)
@@ -113,46 +131,64 @@ def rounding_loss(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _middle(tensor: TensorPlan, files: OpenFiles) -> tuple[Block, Any]:
+    """Some rows from the middle of a tensor, within one expert, and their bytes."""
+    source = tensor.source
+    group = source.shape[1] if len(source.shape) == 3 else source.rows
+    rows = max(1, min(group, SAMPLED_ELEMENTS // max(1, source.columns)))
+    block = Block(0, (group - rows) // 2, rows, source.columns)
+    size = source.columns * ITEM_SIZE[source.dtype]
+    data = np.empty(rows * size, np.uint8)
+    files.read(source, block.first * size, data)
+    return block, data
+
+
 def seconds(plan: Plan, parent: Path, workers: int) -> float | None:
-    """Seconds to merge: the slower of computing (measured on one block) and writing (a file without a name)."""
-    if not plan.changed:
-        per_byte = 0.0
-    else:
-        tensor = max(plan.changed, key=lambda t: t.source.nbytes)
-        per_byte = _compute_time(tensor) / max(1, tensor.source.nbytes)
-    changed = sum(tensor.source.nbytes for tensor in plan.changed)
+    """Seconds to merge: the slower of computing (measured on one tensor's blocks) and writing (a nameless file)."""
     write = _write_rate(parent)
     if write is None:
         return None
+    per_byte = 0.0
+    if plan.changed:
+        with OpenFiles() as files:
+            per_byte = _compute_time(max(plan.changed, key=lambda t: t.source.nbytes), plan, files)
+    changed = sum(tensor.source.nbytes for tensor in plan.changed)
+    hashed = plan.bytes_read + plan.bytes_written
+    compute = changed * per_byte + hashed * _hash_time() + (plan.base.nbytes - changed) * _COPY_TIME
+    cores = max(1, min(workers, len(os.sched_getaffinity(0))))
+    return round(_FIXED_SECONDS + max(compute / cores, plan.bytes_written / write), 2)
+
+
+def _hash_time() -> float:
+    """Seconds to hash one byte."""
     import hashlib
 
     probe = bytes(_PROBE_BYTES // 4)
     started = time.perf_counter()
     hashlib.sha256(probe).digest()
-    hashing = (time.perf_counter() - started) / len(probe)
-    compute = (changed * per_byte + (plan.base.nbytes + plan.bytes_written) * hashing) / max(1, workers - 1)
-    return round(max(compute, plan.bytes_written / write), 2)
+    return (time.perf_counter() - started) / len(probe)
 
 
-def _compute_time(tensor: TensorPlan) -> float:
-    """Seconds one thread needs for all passes over a tensor except hashing and writing, from its first rows."""
-    source = tensor.source
-    rows = max(1, min(source.rows, BLOCK_ELEMENTS // max(1, source.columns)))
-    b, a = stack_factors(tensor)
-    count = rows * source.columns
-    values, delta = np.empty(count, np.float32), np.empty((rows, source.columns), np.float32)
-    out, low, tie = np.empty(count, np.uint16), np.empty(count, np.uint16), np.empty(count, np.bool_)
+def _compute_time(tensor: TensorPlan, plan: Plan, files: OpenFiles) -> float:
+    """Seconds of one thread for each byte of a changed tensor, all passes, without hashing and writing."""
+    blocks = [block for block in blocks_of(tensor) if block.first < tensor.source.rows][:4]
+    size = ITEM_SIZE[tensor.source.dtype]
+    buffers = Buffers(max(block.elements for block in blocks), len(plan.recipe.entries))
     best = float("inf")
-    for _ in range(3):
+    for _ in range(2):
+        work = Work(tensor, plan.recipe, files, len(blocks))
+        work.load()
         started = time.perf_counter()
-        data = memoryview(read_bytes(source, 0, count * source.nbytes // max(1, source.elements)))
-        widen_into(data, source.dtype, values)
-        np.matmul(b[:rows], a, out=delta)
-        np.add(values, delta.ravel(), out=values)
-        holds_nan(data, source.dtype)
-        narrow_bf16(values, out, low, tie)
+        for stage in range(work.stages + 1):
+            for block in blocks:
+                data = buffers.raw[: block.elements * size]
+                files.read(tensor.source, block.first * block.columns * size, data)
+                if stage < work.stages:
+                    work.gather(stage + 1, block, data, buffers)
+                else:
+                    work.merge(block, data, buffers.out, buffers)
         best = min(best, time.perf_counter() - started)
-    return best * source.rows / rows
+    return best / sum(block.elements * size for block in blocks)
 
 
 def _write_rate(folder: Path) -> float | None:
@@ -174,15 +210,10 @@ def _write_rate(folder: Path) -> float | None:
 
 
 def _round(values: Float64, dtype: str) -> Float64:
-    """float64 to the nearest `dtype` value, as float64 (bf16 by way of float32: good enough for a forecast)."""
-    if dtype == "F16":
-        return values.astype(np.float16).astype(np.float64)
-    narrow = values.astype(np.float32)
-    if dtype == "BF16":
-        bits, low = np.empty(len(narrow), np.uint16), np.empty(len(narrow), np.uint16)
-        narrow_bf16(narrow, bits, low, np.empty(len(narrow), np.bool_))
-        widen_into(bits.data.cast("B"), "BF16", narrow)
-    return narrow.astype(np.float64)
+    """float64 to the nearest `dtype` value, as float64 (by way of float32: good enough for a forecast)."""
+    out = np.empty(4 * values.size, np.uint8)
+    narrow(values.astype(np.float32), dtype, out)
+    return widen(out, dtype, values.size).astype(np.float64)
 
 
 def _solve(gram: Float64, rhs: Float64) -> list[float]:

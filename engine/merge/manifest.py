@@ -1,85 +1,157 @@
 """`medmerge.json` in a merge: what went in and what came out, with the SHA-256 of every file of both.
 
-The hashes of the base's shards and of the output are those taken while the bytes were merged, so the manifest
-speaks of the very bytes that were read and written. `check_manifest` reads everything again and compares.
+The hashes of the models' shards and of the output are those taken while the bytes were merged, so the manifest
+speaks of the very bytes that were read and written. docs/manifest.md explains every field, and
+manifest.schema.json beside this file is its JSON Schema; `engine.merge.manifest_check` compares a manifest with
+what is on disk later.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import platform
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine import __version__
-from engine.errors import BadInputError, BadModelError
-from engine.jobs.events import EventWriter
+from engine.errors import BadInputError, BadModelError, BadRecipeError
 from engine.merge.plan import Plan
-from engine.merge.stream import FileHashes
+from engine.merge.recipe import METHODS, TRIMS, Recipe, parse
+from engine.merge.selectors import spec_to_document
+from engine.merge.stream import Streamed
 from engine.weights import Adapter, Checkpoint
+from engine.weights.changes import Addition, Change, Dora, ExpertFactor, LoraFactor, Replacement
 from engine.weights.checkpoint import read_json
 from engine.weights.tensorfile import file_sha256
 
 NAME = "medmerge.json"
-FORMAT = "medmerge.merge/1"
+FORMAT = "medmerge.merge/2"
+FIRST_FORMAT = "medmerge.merge/1"  # linear merges of adapters only; still read
+SCHEMA = Path(__file__).with_name("manifest.schema.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_VARIANTS: dict[type[Change], str] = {
+    LoraFactor: "lora", Dora: "dora", ExpertFactor: "experts", Replacement: "replaced", Addition: "bias",
+}  # fmt: skip
 
 
-def make_manifest(plan: Plan, hashes: list[FileHashes], folder: Path, seconds: float) -> dict[str, Any]:
+def make_manifest(plan: Plan, streamed: Streamed, folder: Path, seconds: float) -> dict[str, Any]:
     """The manifest of a finished folder, without a verification. Reads the small files once to hash them."""
-    shards = {entry.name: entry for entry in hashes}
+    recipe, shards = plan.recipe, {entry.name: entry for entry in streamed.shards}
+    read = {name: entry.source for name, entry in shards.items()}
+    near = recipe.output.parent
     return {
         "format": FORMAT,
-        "name": plan.recipe.output.name,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "name": recipe.output.name,
+        "created": now(),
         "seconds": round(seconds, 3),
-        "recipe": plan.recipe.to_dict(),
+        "recipe": recipe.to_dict(),
+        **method_fields(recipe),
         "asked": plan.asked,
-        "base": _base(plan.base, {name: entry.source for name, entry in shards.items()}),
-        "adapters": {label: describe_adapter(adapter) for label, adapter in plan.adapters.items()},
+        "base": describe_model(plan.base, read, near) if recipe.base is not None else None,
+        "adapters": {
+            label: describe_adapter(adapter, near) | {"variants": variants(plan.inputs.changes[label].values())}
+            for label, adapter in plan.adapters.items()
+        },
+        "models": {
+            label: describe_model(
+                model, read if model is plan.base else _of(streamed.others, model), near
+            )
+            for label, model in plan.inputs.models.items()
+        },
         "output": {
+            "kind": recipe.kind,
             "dtype": plan.dtype,
             "tensors_changed": len(plan.changed),
-            "files": {
-                path.name: shards[path.name].target if path.name in shards else file_sha256(path)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file() and not path.name.startswith(".") and path.name != NAME
-            },
+            "files": hash_files(folder, {name: entry.target for name, entry in shards.items()}),
         },
-        "versions": {
-            "medmerge": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
         "verification": None,
     }
 
 
-def _base(base: Checkpoint, shard_hashes: dict[str, str]) -> dict[str, Any]:
-    beside = [path for path in (base.index_path, *base.companions) if path is not None]
-    described: dict[str, Any] = {
-        "name": base.name,
-        "path": str(base.folder),
-        "files": shard_hashes | {path.name: file_sha256(path) for path in beside},
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def versions() -> dict[str, str]:
+    return {"medmerge": __version__, "python": platform.python_version(), "numpy": np.__version__}
+
+
+def method_fields(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
+    """method, parameters, densities and vocabulary of a recipe, every default written out.
+
+    `densities` gives what each entry keeps of its delta ({} where the method trims nothing). A recipe given as
+    a document is one that was checked before.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = parse(dict(recipe), "recipe", [])
+    names = METHODS[recipe.method]
+    parameters = recipe.parameters.to_dict(names)
+    if "normalize" in names:
+        parameters["normalize"] = recipe.normalize
+    kept = {entry.label: entry.density or recipe.parameters.density for entry in recipe.entries}
+    return {
+        "method": recipe.method,
+        "parameters": parameters,
+        "densities": {label: spec_to_document(density) for label, density in kept.items()}
+        if recipe.method in TRIMS
+        else {},
+        "vocabulary": recipe.vocabulary if recipe.models else None,
     }
-    if (base.folder / NAME).is_file():
-        parent = read_json(base.folder / NAME, BadModelError, "delete it if this is no merge")
+
+
+def variants(changes: Any) -> dict[str, int]:
+    """How many tensors an adapter changes in which way: {"lora": 210, "dora": 0, ...} without the zeros."""
+    counted: dict[str, int] = {}
+    for change in changes:
+        name = _VARIANTS[type(change)]
+        counted[name] = counted.get(name, 0) + 1
+    return counted
+
+
+def hash_files(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of every file of a result, hidden ones and the manifest apart; `known` are not read again."""
+    return {
+        name: known[name] if name in known else file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".") and (name := str(path.relative_to(folder))) != NAME
+    }
+
+
+def _of(hashes: Mapping[Path, str], model: Checkpoint) -> dict[str, str]:
+    return {shard.path.name: hashes[shard.path] for shard in model.shards}
+
+
+def describe_model(model: Checkpoint, shard_hashes: Mapping[str, str], near: Path) -> dict[str, Any]:
+    """What a manifest says of a checkpoint that went in. `near` is the folder the merge will lie in."""
+    beside = [path for path in (model.index_path, *model.companions) if path is not None]
+    described: dict[str, Any] = {
+        "name": model.name,
+        "path": str(model.folder),
+        "relative": _relative(model.folder, near),
+        "files": {**shard_hashes, **{str(path.relative_to(model.folder)): file_sha256(path) for path in beside}},
+    }
+    if (model.folder / NAME).is_file():
+        parent = read_json(model.folder / NAME, BadModelError, "delete it if this is no merge")
         described["medmerge"] = {
             key: parent[key] for key in ("format", "name", "asked", "note") if key in parent
-        } | {"sha256": file_sha256(base.folder / NAME)}
+        } | {"sha256": file_sha256(model.folder / NAME)}
     return described
 
 
-def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+def describe_adapter(adapter: Adapter, near: Path | None = None) -> dict[str, Any]:
     """What a manifest says of an adapter that went in, with the SHA-256 of its files."""
     files = sorted(
         path
         for path in adapter.folder.iterdir()
         if path.suffix in (".json", ".safetensors") and path.is_file()
     )
-    return {
+    described = {
         "name": adapter.name,
         "path": str(adapter.folder),
         "kind": adapter.kind,
@@ -89,84 +161,78 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "sha256": adapter.sha256,
         "files": {path.name: file_sha256(path) for path in files},
     }
+    return described if near is None else described | {"relative": _relative(adapter.folder, near)}
+
+
+def _relative(folder: Path, near: Path) -> str:
+    """The way from the folder a merge lies in to an input: found again when both were moved together."""
+    return os.path.relpath(folder.absolute(), near.absolute())
 
 
 def is_merge(folder: Path) -> bool:
     """Whether a folder holds a manifest of a merge made by this program."""
     try:
-        return str(json.loads((folder / NAME).read_text(encoding="utf-8"))["format"]).startswith(
-            "medmerge.merge/"
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(folder / NAME, BadInputError, "")["format"]
+    except (BadInputError, KeyError):
         return False
+    return str(found).startswith("medmerge.merge/")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an earlier merge. Raises BadInputError when there is none, or one we cannot read."""
-    manifest = read_json(folder / NAME, BadInputError, "only merges made by medmerge carry a manifest")
-    if manifest.get("format") != FORMAT:
-        raise BadInputError(f"{folder / NAME}: format is {manifest.get('format')!r}, expected {FORMAT!r}")
-    output, base, adapters = manifest.get("output"), manifest.get("base"), manifest.get("adapters")
-    if not (isinstance(output, dict) and isinstance(base, dict) and isinstance(adapters, dict)):
-        raise BadInputError(f"{folder / NAME}: output, base or adapters are missing or no mappings")
-    for where, part in {"output": output, "base": base, **adapters}.items():
-        files = part.get("files") if isinstance(part, dict) else None
-        if not isinstance(files, dict) or not all(
-            isinstance(value, str) and _plain_name(str(key)) for key, value in files.items()
-        ):
-            raise BadInputError(f"{folder / NAME}: {where}.files is not a mapping of file names to SHA-256")
+    """The manifest of an earlier merge, as format 2 whatever it was written in.
+
+    Raises BadInputError when there is none, or one that does not say what a manifest says.
+    """
+    path = folder / NAME
+    manifest = read_json(path, BadInputError, "only merges made by medmerge carry a manifest", unique=True)
+    found = manifest.get("format")
+    if found == FIRST_FORMAT:
+        manifest = _from_first(manifest, path)
+    elif found != FORMAT:
+        raise BadInputError(
+            f"{path}: format is {found!r}, and this version reads {FIRST_FORMAT!r} and {FORMAT!r}",
+            "a newer medmerge may have written it",
+        )
+    for key in ("recipe", "output", "adapters", "models"):
+        if not isinstance(manifest.get(key), dict):
+            raise BadInputError(f"{path}: {key} is missing or no mapping")
+    parts: dict[str, Any] = {"output": manifest["output"]}
+    if manifest.get("base") is not None:
+        parts["base"] = manifest["base"]
+    elif not manifest["models"]:
+        raise BadInputError(f"{path}: base is missing, and no models are named")
+    for key in ("adapters", "models"):
+        parts |= {f"{key}.{label}": part for label, part in manifest[key].items()}
+    for where, part in parts.items():
+        _check_part(path, where, part)
     return manifest
 
 
-def _plain_name(name: str) -> bool:
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
+def _check_part(path: Path, where: str, part: object) -> None:
+    files = part.get("files") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or not isinstance(files, dict):
+        raise BadInputError(f"{path}: {where}.files is not a mapping of file names to SHA-256")
+    for name, sha256 in files.items():
+        if not name or "\0" in name or Path(name).is_absolute() or not {"..", "."}.isdisjoint(name.split("/")):
+            raise BadInputError(f"{path}: {where}.files names {name!r}, which is no file in that folder")
+        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise BadInputError(f"{path}: {where}.files[{name!r}] is no SHA-256 (64 hex digits)")
+    if where != "output" and not isinstance(part.get("path"), str):
+        raise BadInputError(f"{path}: {where}.path is missing or no text")
+    if not isinstance(part.get("relative", ""), str):
+        raise BadInputError(f"{path}: {where}.relative is no text")
 
 
-def check_manifest(folder: Path, events: EventWriter) -> dict[str, Any]:
-    """Hash every file the manifest names and compare; inputs that moved away are reported, not failed.
-
-    Returns `{"ok", "message", "changed", "missing", "extra", "inputs_missing", "checked", "exit_code"}`:
-    exit code 1 when a file of the merge or an input differs, 4 when all that is there agrees but inputs are
-    gone, 0 when everything agrees. `extra` are files of the folder the manifest does not know.
-    """
-    manifest = read_manifest(folder)
-    wanted: list[tuple[Path, str, bool]] = []
-    wanted += [(folder / name, sha, False) for name, sha in manifest["output"]["files"].items()]
-    for part in (manifest["base"], *manifest["adapters"].values()):
-        wanted += [(Path(str(part.get("path"))) / name, sha, True) for name, sha in part["files"].items()]
-    total = sum(path.stat().st_size for path, _, _ in wanted if path.is_file())
-    changed: list[str] = []
-    missing: list[str] = []
-    gone: list[str] = []
-    done = 0
-    for path, sha, is_input in wanted:
-        if not path.is_file():
-            (gone if is_input else missing).append(str(path))
-            continue
-        if file_sha256(path) != sha:
-            changed.append(str(path))
-        done += path.stat().st_size
-        events.progress(done, total, unit="B", message=path.name, phase="hash")
-    known = {folder / name for name in manifest["output"]["files"]} | {folder / NAME}
-    extra = sorted(str(path) for path in folder.rglob("*") if path.is_file() and path not in known)
-    bad = bool(changed or missing or extra)
-    what = [
-        f"{len(names)} {word}"
-        for names, word in (
-            (changed, "changed"),
-            (missing, "missing"),
-            (extra, "not named by the manifest"),
-            (gone, "inputs no longer there"),
-        )
-        if names
-    ]
-    return {
-        "ok": not bad and not gone,
-        "message": "; ".join(what) or f"all {len(wanted)} files are as the manifest says",
-        "changed": changed,
-        "missing": missing,
-        "extra": extra,
-        "inputs_missing": gone,
-        "checked": len(wanted) - len(missing) - len(gone),
-        "exit_code": 1 if bad else 4 if gone else 0,
-    }
+def _from_first(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Format 1 knew linear merges of adapters onto a base, and no more."""
+    recipe = manifest.get("recipe")
+    method = recipe.get("method", "linear") if isinstance(recipe, dict) else None
+    if method not in ("linear", "task_arithmetic"):
+        raise BadRecipeError(f"{path}: recipe.method is {method!r}, which format 1 did not have")
+    fields = {
+        "method": method, "parameters": {}, "densities": {}, "vocabulary": None, "models": {},
+    }  # fmt: skip
+    output = manifest.get("output")
+    if isinstance(output, dict):
+        output = {"kind": "checkpoint", **output}
+    return {**fields, **manifest, "format": FORMAT, "output": output}

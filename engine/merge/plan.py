@@ -1,51 +1,64 @@
-"""The recipe resolved tensor by tensor: which factors and weights, where every byte goes, before any is written.
+"""The recipe resolved tensor by tensor: which changes and numbers, where every byte goes, before any is written.
 
-Where the dtype stays, a shard's header is the input's own, byte for byte, so every offset is known; where it
-changes, the new header is laid out here. `engine.merge.stream` executes a Plan, `engine.merge.forecast` adds
+Where dtype, shapes and names stay, a shard's header is the input's own, byte for byte, so every offset is known;
+otherwise the new header is laid out here. `engine.merge.stream` executes a Plan, `engine.merge.forecast` adds
 what it will cost.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from engine.errors import BadAdapterError, BadModelError, BadRecipeError
-from engine.merge.recipe import DTYPES, Recipe
-from engine.merge.selectors import DEFAULT, resolve
+from engine.errors import BadAdapterError, BadRecipeError
+from engine.merge import inputs as opened
+from engine.merge.inputs import MERGEABLE_DTYPES, Inputs, open_inputs
+from engine.merge.recipe import DTYPES, TRIMS, Entry, Recipe
+from engine.merge.selectors import DEFAULT, Spec, layer_count, level_at, matches, resolve
+from engine.merge.vocabulary import Rows, is_table
 from engine.weights import Adapter, Checkpoint, LoraFactor, TensorFile, TensorInfo
-from engine.weights.tensorfile import ITEM_SIZE, encode_header, read_rows
+from engine.weights.changes import Change, Dora, Replacement
+from engine.weights.tensorfile import ITEM_SIZE, encode_header
 
-MERGEABLE_DTYPES = ("F32", "F16", "BF16")
-_TIED_NAMES = ("lm_head.weight", "embed_tokens.weight", "wte.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter's share in one tensor: weight * factor.scale * B @ A."""
+    """One entry's share in one tensor. `change` None: the entry is the reference there, its delta is 0."""
 
     label: str
-    factor: LoraFactor
-    weight: float
+    weight: float  # as it counts: after normalize, and times lambda where the method is linear
+    change: Change | None
+    density: float = 1.0
+    rows: Rows | None = None  # vocabulary tables: the row of each of our tokens in the entry's, -1 for none
+
+    @property
+    def factor(self) -> LoraFactor:
+        """The low-rank pair. Raises BadAdapterError where the change is another kind."""
+        if not isinstance(self.change, LoraFactor):
+            raise BadAdapterError(f"adapter {self.label}: its change is no low-rank pair")
+        return self.change
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the output: where it is read, where it is written, what is added (nothing: copied)."""
+    """One tensor of the output: where it is read, where it is written, what is done (nothing: copied)."""
 
     source: TensorInfo
     target: TensorInfo
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
+    base_weight: float = 1.0  # what the reference counts before the parts: 1, or a sum of weights
+    t: float = 0.5  # slerp only
 
     @property
     def copied(self) -> bool:
         """Its bytes are the input's: nothing is added and the dtype stays."""
-        return not self.parts and self.source.dtype == self.target.dtype
+        same = self.source.dtype == self.target.dtype and self.source.shape == self.target.shape
+        return not self.parts and same and self.base_weight == 1.0
 
 
 @dataclass(frozen=True)
@@ -64,12 +77,25 @@ class Plan:
     """Everything decided before the first byte is written."""
 
     recipe: Recipe
-    base: Checkpoint
-    adapters: dict[str, Adapter]
+    inputs: Inputs
     shards: tuple[ShardPlan, ...]
-    weights: dict[str, dict[str, float]]  # label -> base tensor name -> weight, zeros included
+    weights: dict[str, dict[str, float]]  # label -> tensor name -> weight as asked, zeros included
+    counted: dict[
+        str, dict[str, float]
+    ]  # the same as they count: after normalize and lambda of linear methods
+    densities: dict[str, dict[str, float]]  # the same for density; empty where the method trims nothing
     selectors: dict[str, dict[str, int]]  # label -> selector -> number of tensors it decided
+    untied: bool  # the output stores a head of its own where the base shares its embeddings
     warnings: tuple[str, ...]
+
+    @property
+    def base(self) -> Checkpoint:
+        """The reference: the base, or the first model."""
+        return self.inputs.reference
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        return self.inputs.adapters
 
     @property
     def tensors(self) -> Iterator[TensorPlan]:
@@ -81,8 +107,23 @@ class Plan:
         return [tensor for tensor in self.tensors if tensor.parts]
 
     @property
+    def input_files(self) -> list[Path]:
+        """Every file whose bytes decide the result."""
+        models = [self.base, *(m for m in self.inputs.models.values() if m is not self.base)]
+        files = [shard.path for model in models for shard in model.shards]
+        files += [path for model in models for path in model.companions if path.suffix == ".json"]
+        for adapter in self.adapters.values():
+            files += [adapter.file.path, adapter.folder / "adapter_config.json"]
+        return [path for path in files if path.is_file()]
+
+    @property
     def bytes_read(self) -> int:
-        return self.base.nbytes + sum(adapter.nbytes for adapter in self.adapters.values())
+        others = [m for m in self.inputs.models.values() if m is not self.base]
+        return (
+            self.base.nbytes
+            + sum(adapter.nbytes for adapter in self.adapters.values())
+            + sum(model.nbytes for model in others)
+        )
 
     @property
     def bytes_written(self) -> int:
@@ -95,12 +136,19 @@ class Plan:
         return self.recipe.dtype or names.get(self.base.dtype, self.base.dtype)
 
     @property
-    def asked(self) -> dict[str, float | dict[str, float]]:
-        """The weights as asked: a number per label, or selectors where there are several."""
-        return {
-            entry.label: dict(entry.weights) if entry.uniform is None else entry.uniform
-            for entry in self.recipe.adapters
-        }
+    def asked(self) -> dict[str, Any]:
+        """The weights as asked: a number per label, or selectors and gradients where there are several."""
+        listed = self.recipe.to_dict()["models" if self.recipe.models else "adapters"]
+        return {label: entry["weight"] for label, entry in listed.items()}
+
+    @property
+    def not_linear_adapters(self) -> tuple[str, ...]:
+        """Labels of adapters whose delta is the straight line to a DoRA weight, which a screen should say."""
+        return tuple(
+            label
+            for label, made in self.inputs.changes.items()
+            if any(isinstance(c, Dora) for c in made.values())
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON. `tensors` lists only those that change."""
@@ -108,6 +156,7 @@ class Plan:
             "recipe": self.recipe.to_dict(),
             "output": str(self.recipe.output),
             "dtype": self.dtype,
+            "method": self.recipe.method,
             "base": {"name": self.base.name, "parameters": self.base.parameters, "dtype": self.base.dtype},
             "adapters": {
                 label: {
@@ -118,6 +167,14 @@ class Plan:
                     "selectors": self.selectors[label],
                 }
                 for label, adapter in self.adapters.items()
+            },
+            "models": {
+                label: {
+                    "name": model.name,
+                    "tensors": len(self.weights[label]),
+                    "selectors": self.selectors[label],
+                }
+                for label, model in self.inputs.models.items()
             },
             "shards": len(self.shards),
             "tensors_changed": len(self.changed),
@@ -130,18 +187,23 @@ class Plan:
                     "name": tensor.target.name,
                     "shape": list(tensor.target.shape),
                     "dtype": tensor.target.dtype,
-                    "parts": {
-                        part.label: {
-                            "weight": part.weight,
-                            "scale": part.factor.scale,
-                            "rank": part.factor.rank,
-                        }
-                        for part in tensor.parts
-                    },
+                    "parts": {part.label: _part_dict(part, self.recipe) for part in tensor.parts},
                 }
+                | ({"t": tensor.t} if self.recipe.method == "slerp" else {})
                 for tensor in self.changed
             ],
         }
+
+
+def _part_dict(part: Part, recipe: Recipe) -> dict[str, Any]:
+    found: dict[str, Any] = {"weight": part.weight}
+    if isinstance(part.change, LoraFactor):
+        found |= {"scale": part.change.scale, "rank": part.change.rank}
+    elif part.change is not None:
+        found["kind"] = type(part.change).__name__.lower() if recipe.adapters else "model"
+    if recipe.method in TRIMS:
+        found["density"] = part.density
+    return found
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -151,55 +213,45 @@ def make_plan(recipe: Recipe) -> Plan:
         BadModelError, BadAdapterError, BadTensorFileError: inputs that cannot be merged, by name.
         BadRecipeError: weights or outputs that make no sense with these inputs.
     """
-    base = Checkpoint.open(recipe.base)
-    _refuse_base(base)
-    adapters = {entry.label: Adapter.open(entry.path) for entry in recipe.adapters}
-    parts: dict[str, list[Part]] = {}
-    weights: dict[str, dict[str, float]] = {}
-    selectors: dict[str, dict[str, int]] = {}
-    for entry in recipe.adapters:
-        factors = adapters[entry.label].match(base)
-        _refuse_tied(base, factors, adapters[entry.label])
-        weights[entry.label], selectors[entry.label] = resolve(entry.weights, factors, entry.label)
-        for name, factor in factors.items():
-            if base.tensors[name].dtype not in MERGEABLE_DTYPES:
-                raise BadModelError(
-                    f"{base.tensors[name].file}: {name} is {base.tensors[name].dtype}, and only "
-                    f"{', '.join(MERGEABLE_DTYPES)} can be merged into",
-                    "use the base before it was quantised",
-                )
-            if weights[entry.label][name] != 0.0:  # a weight of 0 leaves the base's bytes alone
-                parts.setdefault(name, []).append(Part(entry.label, factor, weights[entry.label][name]))
+    inputs = open_inputs(recipe)
     refuse_overlap(recipe)
-    return Plan(
-        recipe=recipe,
-        base=base,
-        adapters=adapters,
-        shards=tuple(_plan_shard(recipe, shard, parts) for shard in base.shards),
-        weights=weights,
-        selectors=selectors,
-        warnings=tuple(_warnings(recipe, base, adapters, selectors)),
+    layers = layer_count(inputs.reference.tensors)
+    weights: dict[str, dict[str, float]] = {}
+    densities: dict[str, dict[str, float]] = {}
+    selectors: dict[str, dict[str, int]] = {}
+    whole = [name for name, tensor in inputs.reference.tensors.items() if tensor.is_float]
+    for entry in recipe.entries:
+        names = list(inputs.changes[entry.label]) or whole
+        weights[entry.label], selectors[entry.label] = resolve(entry.weights, names, entry.label, layers)
+        if recipe.method in TRIMS:
+            densities[entry.label] = _densities(entry, recipe, names, layers)
+    counted, base_weights = _counted(recipe, weights)
+    t = _t_of(recipe, inputs, layers) if recipe.method == "slerp" else {}
+    parts = {
+        name: _parts(name, recipe, inputs, counted, densities)
+        for name in dict.fromkeys(name for changed in inputs.changes.values() for name in changed)
+    }
+    untied = inputs.reference.tied and any(
+        made and name.endswith((*EMBEDDINGS, HEAD)) for name, made in parts.items() if recipe.adapters
     )
+    layout = Layout(recipe, parts, base_weights, t, untied, HEAD in inputs.reference.tensors)
+    shards = tuple(layout.shard(shard) for shard in inputs.reference.shards)
+    return Plan(
+        recipe, inputs, shards, weights, counted, densities, selectors, untied,
+        tuple(_warnings(recipe, inputs, selectors, untied)),
+    )  # fmt: skip
 
 
 def refuse_broken_adapters(plan: Plan) -> None:
-    """Read every factor once and raise BadAdapterError for the first that holds NaN or infinity."""
-    for adapter in plan.adapters.values():
-        for factor in adapter.factors.values():
-            for info in (factor.a, factor.b):
-                if not np.isfinite(read_rows(info)).all():
-                    raise BadAdapterError(
-                        f"{info.file}: {info.name} holds NaN or infinity",
-                        "this adapter is broken: train it again, or use an earlier checkpoint of its run",
-                    )
+    """Read every adapter once and raise BadAdapterError for the first that holds NaN or infinity."""
+    opened.refuse_broken_adapters(plan.inputs)
 
 
 def refuse_overlap(recipe: Recipe) -> None:
     """Raise BadRecipeError when the output is, contains, or lies inside an input."""
     output = recipe.output.resolve()
-    for what, path in [("the base", recipe.base)] + [
-        (f"adapter {entry.label}", entry.path) for entry in recipe.adapters
-    ]:
+    named = [("the base", recipe.base)] if recipe.base else []
+    for what, path in [*named, *((f"{entry.kind} {entry.label}", entry.path) for entry in recipe.entries)]:
         inside = path.resolve()
         if output == inside or output in inside.parents or inside in output.parents:
             relation = "is" if output == inside else "contains" if output in inside.parents else "is inside"
@@ -208,82 +260,170 @@ def refuse_overlap(recipe: Recipe) -> None:
             )
 
 
-def _refuse_base(base: Checkpoint) -> None:
-    if base.config.get("quantization_config"):
-        raise BadModelError(
-            f"{base.folder / 'config.json'} has quantization_config: quantised weights cannot be merged exactly",
-            "use the base before it was quantised",
-        )
+def _densities(entry: Entry, recipe: Recipe, names: Sequence[str], layers: int) -> dict[str, float]:
+    """An entry's own density must match its tensors; the recipe's is for all entries together."""
+    if entry.density is not None:
+        return resolve(entry.density, names, entry.label, layers, "density")[0]
+    return {name: _lenient(recipe.parameters.density, name, layers, "density") for name in names}
 
 
-def _refuse_tied(base: Checkpoint, factors: dict[str, LoraFactor], adapter: Adapter) -> None:
-    if not base.tied:
-        return
-    for name in factors:
-        if name.endswith(_TIED_NAMES):
-            raise BadAdapterError(
-                f"{adapter.file.path}: changes {name}, and {base.folder} ties its embeddings, so both sides would "
-                "change",
-                "this version does not merge into tied embeddings; train without embed_tokens and lm_head",
+def _t_of(recipe: Recipe, inputs: Inputs, layers: int) -> dict[str, float]:
+    names = dict.fromkeys(name for changed in inputs.changes.values() for name in changed)
+    return resolve(recipe.parameters.t, names, "parameters", layers, "t")[0]
+
+
+def _lenient(spec: Spec, name: str, layers: int, what: str) -> float:
+    winner = DEFAULT if DEFAULT in spec else None
+    for selector in spec:
+        if selector != DEFAULT and matches(selector, name):
+            winner = selector
+    if winner is None:
+        raise BadRecipeError(f"parameters.{what} gives {name} no number", "add `default: NUMBER` to it")
+    return level_at(spec[winner], winner, name, layers)
+
+
+def _counted(
+    recipe: Recipe, asked: dict[str, dict[str, float]]
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """The weights that count after normalize and lambda, where the method is linear in them; else those asked.
+
+    Also what the reference counts by tensor, where that is not 1: a linear merge of models is
+    sum w_k X_k = (sum w_k) W + sum w_k (X_k - W).
+    """
+    weights = {label: dict(own) for label, own in asked.items()}
+    base_weights: dict[str, float] = {}
+    if recipe.method not in ("linear", "task_arithmetic", "soup", "dare_linear"):
+        return weights, base_weights
+    for name in dict.fromkeys(name for own in weights.values() for name in own):
+        having = [own for own in weights.values() if name in own]
+        total = sum(own[name] for own in having)
+        if recipe.normalize and abs(total) < 1e-8:
+            raise BadRecipeError(
+                f"the weights of {name} add up to {total:g}, and normalize divides by that",
+                "change the weights, or set parameters.normalize: false",
             )
+        if not recipe.normalize and recipe.models and recipe.method == "linear":
+            base_weights[name] = total
+        for own in having:
+            own[name] *= recipe.parameters.lam / (total if recipe.normalize else 1.0)
+    return weights, base_weights
 
 
-def _plan_shard(recipe: Recipe, shard: TensorFile, parts: dict[str, list[Part]]) -> ShardPlan:
-    path = recipe.output / shard.path.name
-    changed = DTYPES[recipe.dtype] if recipe.dtype else None
-    dtypes = {
-        name: changed if changed and tensor.dtype in MERGEABLE_DTYPES else tensor.dtype
-        for name, tensor in shard.tensors.items()
-    }
-    if all(dtypes[name] == tensor.dtype for name, tensor in shard.tensors.items()):
-        header = shard.header
-    else:
-        header = encode_header(
-            [(t.name, dtypes[t.name], t.shape) for t in shard.tensors.values()], shard.metadata
+def _parts(
+    name: str,
+    recipe: Recipe,
+    inputs: Inputs,
+    weights: dict[str, dict[str, float]],
+    densities: dict[str, dict[str, float]],
+) -> tuple[Part, ...]:
+    found = []
+    for entry in recipe.entries:
+        change = inputs.changes[entry.label].get(name)
+        weight = weights[entry.label].get(name, 0.0)
+        density = densities.get(entry.label, {}).get(name, 1.0)
+        if recipe.method == "slerp":
+            found.append(
+                Part(
+                    entry.label, weight, change if weight else None, 1.0, inputs.rows.get((entry.label, name))
+                )
+            )
+        elif change is not None and weight != 0.0 and density > 0.0:  # 0 leaves the base's bytes alone
+            found.append(Part(entry.label, weight, change, density, inputs.rows.get((entry.label, name))))
+    return tuple(found) if any(part.change is not None for part in found) else ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of the output lie."""
+
+    recipe: Recipe
+    parts: dict[str, tuple[Part, ...]]
+    base_weights: dict[str, float]
+    t: dict[str, float]
+    untied: bool
+    has_head: bool  # the input stores a head already, though it says it shares it
+
+    def shard(self, shard: TensorFile) -> ShardPlan:
+        """The output file of one input file, in the same order, with a head of its own where one is needed."""
+        sources = [(tensor.name, tensor) for tensor in shard.tensors.values()]
+        if self.untied and not self.has_head:
+            sources += [(HEAD, tensor) for name, tensor in sources if name.endswith(EMBEDDINGS)]
+        tensors = [(name, self._dtype(source), self._shape(name, source), source) for name, source in sources]
+        same = len(sources) == len(shard.tensors) and all(
+            dtype == source.dtype and shape == source.shape for _, dtype, shape, source in tensors
         )
-    position, tensors = len(header), []
-    for tensor in shard.tensors.values():
-        nbytes = tensor.elements * ITEM_SIZE[dtypes[tensor.name]]
-        target = TensorInfo(tensor.name, dtypes[tensor.name], tensor.shape, path, position, nbytes)
-        tensors.append(TensorPlan(tensor, target, tuple(parts.get(tensor.name, ()))))
-        position += nbytes
-    return ShardPlan(shard, shard.path.name, header, tuple(tensors), position)
+        header = shard.header if same else encode_header([t[:3] for t in tensors], shard.metadata)
+        path, position, planned = self.recipe.output / shard.path.name, len(header), []
+        for name, dtype, shape, source in tensors:
+            target = TensorInfo(name, dtype, shape, path, position, _size(shape) * ITEM_SIZE[dtype])
+            planned.append(
+                TensorPlan(
+                    source,
+                    target,
+                    self.parts.get(name, ()),
+                    self.base_weights.get(name, 1.0) if source.is_float else 1.0,
+                    self.t.get(name, 0.5),
+                )
+            )
+            position += target.nbytes
+        return ShardPlan(shard, shard.path.name, header, tuple(planned), position)
+
+    def _dtype(self, tensor: TensorInfo) -> str:
+        wanted = DTYPES[self.recipe.dtype] if self.recipe.dtype else tensor.dtype
+        return wanted if tensor.dtype in MERGEABLE_DTYPES else tensor.dtype
+
+    def _shape(self, name: str, source: TensorInfo) -> tuple[int, ...]:
+        """The source's shape, with the new tokens of adapters that save a longer table."""
+        rows = [
+            part.change.shape[0]
+            for part in self.parts.get(name, ())
+            if isinstance(part.change, Replacement) and is_table(name) and part.rows is None
+        ]
+        return (max([source.shape[0], *rows]), *source.shape[1:]) if rows else source.shape
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
 
 
 def _warnings(
-    recipe: Recipe, base: Checkpoint, adapters: dict[str, Adapter], selectors: dict[str, dict[str, int]]
+    recipe: Recipe, inputs: Inputs, selectors: dict[str, dict[str, int]], untied: bool
 ) -> Iterator[str]:
-    for label, counts in selectors.items():
-        for selector, count in counts.items():
+    base = inputs.reference
+    for entry in recipe.entries:
+        for selector, count in selectors[entry.label].items():
             if count == 0 and selector != DEFAULT:
-                yield f"adapter {label}: later selectors override {selector!r} everywhere"
+                yield f"{entry.kind} {entry.label}: later selectors override {selector!r} everywhere"
             elif count == 0:
-                yield f"adapter {label}: its default weight is used by no tensor"
-        if not any(
-            weight != 0 for weight in next(e.weights for e in recipe.adapters if e.label == label).values()
-        ):
-            yield f"adapter {label} has weight 0: it changes nothing"
-    for label, adapter in adapters.items():
+                yield f"{entry.kind} {entry.label}: its default weight is used by no tensor"
+        if entry.uniform == 0:
+            yield f"{entry.kind} {entry.label} has weight 0: it changes nothing"
+    for label, adapter in inputs.adapters.items():
         named = Path(adapter.base_name).name.lower()
         if named and named not in {base.name.lower(), base.folder.name.lower()}:
             yield f"adapter {label} names another base: {adapter.base_name} (shapes do fit {base.folder.name})"
-    templates = {adapter.template for adapter in adapters.values() if adapter.template}
+        if any(isinstance(change, Dora) for change in inputs.changes[label].values()):
+            yield (
+                f"adapter {label} is DoRA: its weight goes straight from the base to the adapted weight, "
+                "which is not what a weight inside DoRA would mean; at 0 and 1 both agree"
+            )
+    templates = {adapter.template for adapter in inputs.adapters.values() if adapter.template}
     if len(templates) > 1:
         yield f"the adapters were trained with different chat templates: {', '.join(sorted(templates))}"
-    paths = [entry.path.resolve() for entry in recipe.adapters]
+    paths = [entry.path.resolve() for entry in recipe.entries]
     if len(set(paths)) < len(paths):
-        yield "the same adapter folder is named twice: their weights cannot be told apart afterwards"
+        yield "the same folder is named twice: their weights cannot be told apart afterwards"
+    if untied:
+        yield (
+            f"{base.folder} shares its embeddings with its head, and an adapter changes one of them: the merge "
+            "stores both (tie_word_embeddings: false)"
+        )
+    for (label, name), rows in inputs.rows.items():
+        yield f"model {label}: {int((rows >= 0).sum()):,} of {len(rows):,} rows of {name} are merged, by token"
     if not any(path.name.startswith("tokenizer") for path in base.companions):
         yield f"{base.folder} has no tokenizer: the merge will have none either"
     if list(base.folder.glob("*.py")):
         yield f"{base.folder} carries its own Python code, which is not copied and never run"
-
-
-def config_text(base: Checkpoint, dtype: str | None) -> str | None:
-    """config.json of the output where the dtype changes, None where the input's is copied as it is."""
-    if dtype is None or all(t.dtype in (DTYPES[dtype],) or not t.is_float for t in base.tensors.values()):
-        return None
-    config = dict(base.config)
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    config[key] = dtype
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

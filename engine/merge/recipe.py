@@ -45,6 +45,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "dare_linear": ("density", "lambda", "normalize", "rescale", "seed"),
     "dare_ties": ("density", "lambda", "normalize", "rescale", "seed"),
 }
+LINEAR = ("linear", "task_arithmetic", "soup")  # methods whose result is linear in the weights
 NEEDS_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties")  # also where full models are merged
 TRIMS = ("ties", "dare_linear", "dare_ties")  # methods that keep only a part (`density`) of each delta
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -177,7 +178,7 @@ def parse(raw: object, where: str, places: Sequence[Path]) -> Recipe:
     document = mapping(raw, where)
     known_keys(document, _KEYS, where)
     method = document.get("method", "linear")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise BadRecipeError(
             f"{where}: there is no method {short(method)}{near(str(method), list(METHODS))}",
             f"methods: {', '.join(METHODS)}",
@@ -324,7 +325,7 @@ def _bounded(value: object, where: str, low: float | None, high: float | None) -
 
 
 def _choice(value: object, choices: Sequence[str], where: str) -> str:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise BadRecipeError(f"{where} is {short(value)}", f"one of: {', '.join(choices)}")
     return str(value)
 

@@ -1,64 +1,77 @@
-"""The streaming merge: row blocks are read, summed in float32, rounded once and written at their final offset.
+"""The streaming merge: row blocks are read, merged in float32, rounded once and written at their final offset.
 
-    out = round(W + sum_i (w_i * s_i * B_i) @ A_i)       W (rows, columns) of one block; B_i (rows, r_i)
-
-All adapters' factors of a tensor are stacked, so a block costs one matrix product however many adapters there
-are. Blocks go to worker threads in file order (numpy and hashlib release the GIL); each worker owns its
-buffers, so memory does not grow with the model. Both SHA-256, of the bytes read and of those written, are
-taken on the way, in order: what the manifest names is what was merged.
+Blocks go to worker threads in file order (the kernel, numpy and hashlib release the interpreter's lock); each
+worker owns its buffers, so memory does not grow with the model. What a tensor needs before its first block (its
+factors, and for slerp and TIES a pass over all of it) is done while the tensors before it are written: the
+schedule is a diagonal, so nobody waits. Both SHA-256 of a shard, of the bytes read and of those written, are
+taken on the way, in order: what the manifest names is what was merged. A journal notes what is on disk for good,
+and a merge that was killed goes on from there.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.atomic import NO_SPACE
-from engine.errors import BadAdapterError, BadModelError, BadTensorFileError, NoSpaceError
+from engine.errors import BadModelError, NoSpaceError
 from engine.jobs.events import EventWriter
-from engine.merge.plan import Part, Plan, ShardPlan, TensorPlan
-from engine.merge.rounding import (
-    LARGEST,
-    Float32,
-    holds_nan,
-    narrow_bf16,
-    surely_finite,
-    widen_into,
-)
-from engine.weights.tensorfile import ITEM_SIZE, read_rows
+from engine.merge.files import OpenFiles, read_all, write_all
+from engine.merge.finite import LIMIT, look_closer, refuse_nan
+from engine.merge.journal import FileHashes, Journal
+from engine.merge.kernel import kernel
+from engine.merge.plan import Plan, ShardPlan, TensorPlan
+from engine.merge.work import Block, Buffers, Work
+from engine.weights.changes import Replacement
+from engine.weights.tensorfile import ITEM_SIZE, file_sha256
 
-BLOCK_ELEMENTS = 1 << 18  # 256 Ki elements: 1 MiB of float32, stays in cache through all passes
-
-
-@dataclass(frozen=True)
-class FileHashes:
-    """SHA-256 of one shard as it was read and as it was written."""
-
-    name: str
-    source: str
-    target: str
+BLOCK_ELEMENTS = 1 << 17  # 256 KiB of bf16 in and out: stays in the second-level cache
+COPY_BYTES = 1 << 20
+_AHEAD = 8 << 20  # bytes after which the disk is told to begin
+_LOOKAHEAD = 3  # tensors prepared before the one being written
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Rows `first : first + rows` of one tensor, or for copied data a byte range of it (rows of 1 byte)."""
+class Streamed:
+    """What was written, and what was read beside the reference's shards."""
 
-    index: int
+    shards: list[FileHashes]
+    others: dict[Path, str]  # SHA-256 of the other models' files
+    resumed_bytes: int  # that an earlier, killed run had written
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A block of the output, or a block of a pass before it (`stage` > 0), or the loading of a tensor (no block)."""
+
+    work: Work | None  # None: the tensor's bytes are copied
     tensor: TensorPlan
-    first: int
-    rows: int
+    block: Block | None
+    stage: int = 0
+    index: int = -1  # of the output's blocks, in file order
 
     @property
-    def elements(self) -> int:
-        return self.rows * self.tensor.source.columns
+    def hashed(self) -> bool:
+        """Whether its source bytes belong to the shard in order (a new head reads the embeddings again)."""
+        assert self.block is not None
+        inside = self.tensor.copied or self.block.first < self.tensor.source.rows
+        return inside and self.tensor.source.name == self.tensor.target.name
+
+    def span(self, target: bool) -> tuple[int, int]:
+        """Absolute byte offset and length in the target or the source file."""
+        assert self.block is not None
+        info = self.tensor.target if target else self.tensor.source
+        item = 1 if self.tensor.copied else ITEM_SIZE[info.dtype]
+        return info.start + self.block.first * self.block.columns * item, self.block.elements * item
 
 
 class _Stopped(Exception):
@@ -74,16 +87,20 @@ class _InOrder:
     stopped: bool = False
     ready: threading.Condition = field(default_factory=threading.Condition)
 
-    def update(self, index: int, data: memoryview | bytes) -> None:
+    def update(self, index: int, data: memoryview | None, copy: bool = False) -> hashlib._Hash | None:
+        """Feed block `index` (None: nothing, only pass the turn on); with `copy` the state just after it."""
         with self.ready:
             while self.turn != index and not self.stopped:
                 self.ready.wait()
             if self.stopped:
                 raise _Stopped
-        self.digest.update(data)  # only the thread whose turn it is gets here
+        if data is not None:
+            self.digest.update(data)  # only the thread whose turn it is gets here
+        state = self.digest.copy() if copy else None
         with self.ready:
             self.turn = index + 1
             self.ready.notify_all()
+        return state
 
     def stop(self) -> None:
         with self.ready:
@@ -92,23 +109,49 @@ class _InOrder:
 
 
 def stream_merge(
-    plan: Plan, folder: Path, events: EventWriter, threads: int | None = None
-) -> list[FileHashes]:
+    plan: Plan,
+    folder: Path,
+    events: EventWriter,
+    threads: int | None = None,
+    journal: Journal | None = None,
+) -> Streamed:
     """Write every shard of the plan into `folder`; returns the hashes of what was read and written.
 
     Args:
-        plan: from `make_plan`; offsets, factors and weights are its.
+        plan: from `make_plan`; offsets, changes and weights are its.
         folder: an existing folder of our own (`.partial`).
         events: progress in bytes written, phase "merge".
         threads: workers; by default one more than the processors this process may use, as some wait their turn.
+        journal: of this folder; what it knows is not done again.
 
     Raises:
-        BadModelError: NaN or infinity in the base. BadAdapterError: the sum overflows the output dtype.
+        BadModelError: NaN or infinity in a model. BadAdapterError: the sum overflows the output dtype.
         NoSpaceError: the disk filled up (space for each file is reserved before it is written).
     """
     workers = threads or default_threads()
     progress = _Progress(events, plan.bytes_written)
-    return [_merge_shard(shard, folder, workers, progress) for shard in plan.shards]
+    others = sorted({s.path for m in plan.inputs.models.values() if m is not plan.base for s in m.shards})
+    stamps = {path: path.stat().st_mtime_ns for path in others}
+    hashes = []
+    with OpenFiles() as files, ThreadPoolExecutor(2, thread_name_prefix="finish") as aside:
+        hashing = {path: aside.submit(file_sha256, path) for path in others}
+        finishing: list[Future[None]] = []
+        for shard in plan.shards:
+            known = journal.finished(shard.name) if journal else None
+            if known is not None:
+                progress.resume(shard.size, shard.name)
+            else:
+                known = _merge_shard(plan, shard, folder, workers, progress, files, journal)
+                if journal:
+                    finishing.append(aside.submit(journal.finish, known))
+            hashes.append(known)
+        for future in finishing:
+            future.result()
+        found = {path: future.result() for path, future in hashing.items()}
+    for path, stamp in stamps.items():
+        if path.stat().st_mtime_ns != stamp:
+            raise BadModelError(f"{path} was changed while it was merged", "is something writing to it?")
+    return Streamed(hashes, found, progress.resumed)
 
 
 def default_threads() -> int:
@@ -122,6 +165,7 @@ class _Progress:
     events: EventWriter
     total: int
     done: int = 0
+    resumed: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, count: int, message: str) -> None:
@@ -129,21 +173,31 @@ class _Progress:
             self.done += count
             self.events.progress(self.done, self.total, unit="B", message=message, phase="merge")
 
+    def resume(self, count: int, message: str) -> None:
+        self.resumed += count
+        self.add(count, message)
 
-def _merge_shard(shard: ShardPlan, folder: Path, workers: int, progress: _Progress) -> FileHashes:
-    source_hash, target_hash = _InOrder(), _InOrder()
-    source_hash.digest.update(shard.source.header)
-    target_hash.digest.update(shard.header)
+
+def _merge_shard(
+    plan: Plan,
+    shard: ShardPlan,
+    folder: Path,
+    workers: int,
+    progress: _Progress,
+    files: OpenFiles,
+    journal: Journal | None,
+) -> FileHashes:
     path = folder / shard.name
+    done, digest = journal.resume(shard.name) if journal else (0, hashlib.sha256())
     try:
-        with shard.source.path.open("rb", buffering=0) as source, path.open("xb", buffering=0) as target:
-            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            if shard.size:
-                os.posix_fallocate(target.fileno(), 0, shard.size)
-            _write_all(target.fileno(), memoryview(shard.header), 0)
-            progress.add(len(shard.header), shard.name)
-            work = _ShardWork(shard, source.fileno(), target.fileno(), source_hash, target_hash, progress)
+        flags = os.O_RDWR | os.O_CLOEXEC | (0 if done else os.O_CREAT | os.O_EXCL)
+        target = os.open(path, flags, 0o644)
+        try:
+            work = _ShardWork(plan, shard, files, target, progress, journal)
+            work.start(done, digest)
             work.run(workers)
+        finally:
+            os.close(target)
     except OSError as error:
         if error.errno in NO_SPACE:
             raise NoSpaceError(
@@ -151,7 +205,18 @@ def _merge_shard(shard: ShardPlan, folder: Path, workers: int, progress: _Progre
                 "free some space, or choose another disk for the output",
             ) from error
         raise
-    return FileHashes(shard.name, source_hash.digest.hexdigest(), target_hash.digest.hexdigest())
+    return FileHashes(shard.name, work.source_hash.digest.hexdigest(), work.target_hash.digest.hexdigest())
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Make room for the whole file, where the file system can; else it fills as it is written."""
+    if not size:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 class _ShardWork:
@@ -159,20 +224,59 @@ class _ShardWork:
 
     def __init__(
         self,
+        plan: Plan,
         shard: ShardPlan,
-        source: int,
+        files: OpenFiles,
         target: int,
-        source_hash: _InOrder,
-        target_hash: _InOrder,
         progress: _Progress,
+        journal: Journal | None,
     ) -> None:
-        self._source, self._target = source, target
-        self._source_hash, self._target_hash = source_hash, target_hash
-        self._progress = progress
-        self._blocks = _blocks(shard)
-        self._lock = threading.Lock()
-        self._factors: tuple[str, Float32, Float32] | None = None
-        self._largest = max((t.source.columns for t in shard.tensors if not t.copied), default=1)
+        self._plan, self._shard, self._files, self._target = plan, shard, files, target
+        self._source = files.descriptor(shard.source.path)
+        self._progress, self._journal = progress, journal
+        self.source_hash, self.target_hash = _InOrder(), _InOrder()
+        self._tasks: Iterator[_Task] = iter(())
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        widest = max((t.source.columns for t in shard.tensors if not t.copied), default=1)
+        self._elements = max(BLOCK_ELEMENTS, widest)
+
+    def start(self, done: int, digest: hashlib._Hash) -> None:
+        """Lay out the file, or go on behind the `done` bytes an earlier run left (`digest` is theirs)."""
+        skip, read = self._skipped(done)
+        if skip:
+            self.target_hash.digest = digest
+            self._progress.resume(done, self._shard.name)
+        else:
+            os.ftruncate(self._target, 0)
+            _reserve(self._target, self._shard.size)
+            write_all(self._target, self._shard.header, 0)
+            self.target_hash.digest.update(self._shard.header)
+            self._progress.add(len(self._shard.header), self._shard.name)
+        self.source_hash.digest.update(self._shard.source.header)
+        self._hash_source(len(self._shard.source.header), read)
+        self.source_hash.turn = self.target_hash.turn = skip
+        self._tasks = schedule(self._plan, self._shard, self._files, skip)
+
+    def _skipped(self, done: int) -> tuple[int, int]:
+        """How many blocks end at or before `done`, and where the source bytes they were made of end."""
+        read = len(self._shard.source.header)
+        for task in _output_tasks(self._shard):
+            start, size = task.span(target=True)
+            if done and start + size == done and task.hashed:
+                offset, length = task.span(target=False)
+                return task.index + 1, offset + length
+            if start + size > done:
+                break
+        return 0, read
+
+    def _hash_source(self, first: int, end: int) -> None:
+        """Feed the source's hash with what an earlier run has merged already."""
+        buffer = bytearray(4 << 20)
+        while first < end:
+            piece = memoryview(buffer)[: min(len(buffer), end - first)]
+            read_all(self._source, piece, first, self._shard.source.path)
+            self.source_hash.digest.update(piece)
+            first += len(piece)
 
     def run(self, workers: int) -> None:
         """Work until no block is left; on the first error every worker stops and that error is raised."""
@@ -189,162 +293,132 @@ class _ShardWork:
 
     def _stop(self) -> None:
         with self._lock:
-            self._blocks = iter(())
-        self._source_hash.stop()
-        self._target_hash.stop()
-
-    def _next(self) -> tuple[_Block, Float32, Float32] | None:
-        """The next block with its tensor's stacked factors (empty for copied data)."""
-        with self._lock:
-            block = next(self._blocks, None)
-            if block is None:
-                return None
-            name = block.tensor.source.name
-            if self._factors is None or self._factors[0] != name:
-                self._factors = (name, *stack_factors(block.tensor))
-            return block, self._factors[1], self._factors[2]
+            self._tasks = iter(())
+        self._stopped.set()
+        self.source_hash.stop()
+        self.target_hash.stop()
 
     def _work(self) -> None:
-        buffers = _Buffers(max(BLOCK_ELEMENTS, self._largest))
-        while (taken := self._next()) is not None:
-            block, b, a = taken
-            with np.errstate(all="ignore"):  # what is not finite is found and named below
-                if block.tensor.copied:
-                    self._copy(block, buffers)
-                else:
-                    self._merge(block, b, a, buffers)
+        buffers = Buffers(self._elements, len(self._plan.recipe.entries), COPY_BYTES)
+        while True:
+            with self._lock:
+                task = next(self._tasks, None)
+            if task is None:
+                return
+            try:
+                self._do(task, buffers)
+            except BaseException:
+                self._stop()
+                raise
 
-    def _copy(self, block: _Block, buffers: _Buffers) -> None:
-        tensor = block.tensor
-        data = buffers.raw[: block.rows]
-        _read_all(self._source, data, tensor.source.start + block.first, tensor.source.file)
-        if holds_nan(data, tensor.source.dtype):
-            raise _nan_in_base(tensor)
-        self._finish(block, data, data, tensor.target.start + block.first)
+    def _do(self, task: _Task, buffers: Buffers) -> None:
+        if task.block is None:
+            assert task.work is not None
+            task.work.load()
+            return
+        offset, length = task.span(target=False)
+        data = buffers.raw[:length]
+        beyond = not task.tensor.copied and task.block.first >= task.tensor.source.rows
+        if not beyond:
+            read_all(self._source, data.data, offset, task.tensor.source.file)
+        if task.work is None:
+            refuse_nan(task.tensor, data)
+            self._finish(task, data.data, data.data)
+            return
+        if task.stage:
+            task.work.wait(task.stage, self._stopped)
+            task.work.gather(task.stage, task.block, data, buffers)
+            return
+        task.work.wait(task.work.stages + 1, self._stopped)
+        if self._stopped.is_set():
+            raise _Stopped
+        out = buffers.out[: task.span(target=True)[1]]
+        with np.errstate(all="ignore"):  # what is not finite is found and named below
+            largest = task.work.merge(task.block, data, out, buffers)
+        if not largest < LIMIT[task.tensor.target.dtype]:
+            look_closer(task.tensor, task.block, data, largest)
+        self._finish(task, data.data, out.data)
 
-    def _merge(self, block: _Block, b: Float32, a: Float32, buffers: _Buffers) -> None:
-        tensor, count, columns = block.tensor, block.elements, block.tensor.source.columns
-        data = buffers.raw[: count * ITEM_SIZE[tensor.source.dtype]]
-        offset = block.first * columns * ITEM_SIZE[tensor.source.dtype]
-        _read_all(self._source, data, tensor.source.start + offset, tensor.source.file)
-        values = buffers.values[:count]
-        widen_into(data, tensor.source.dtype, values)
-        if tensor.parts:
-            delta = buffers.delta[:count]
-            np.matmul(b[block.first : block.first + block.rows], a, out=delta.reshape(block.rows, columns))
-            np.add(values, delta, out=values)
-        if not surely_finite(values, tensor.target.dtype):
-            _look_closer(tensor, data, values)
-        out = buffers.narrow(values, tensor.target.dtype)
-        offset = block.first * columns * ITEM_SIZE[tensor.target.dtype]
-        self._finish(block, data, out, tensor.target.start + offset)
-
-    def _finish(self, block: _Block, data: memoryview, out: memoryview, offset: int) -> None:
+    def _finish(self, task: _Task, data: memoryview, out: memoryview) -> None:
         """Write a block and take both hashes; other workers compute meanwhile, so the turns cost no time."""
-        _write_all(self._target, out, offset)
-        self._source_hash.update(block.index, data)
-        self._target_hash.update(block.index, out)
-        self._progress.add(len(out), block.tensor.target.name)
+        offset, length = task.span(target=True)
+        write_all(self._target, out, offset)
+        if offset // _AHEAD != (offset + length) // _AHEAD:
+            begin = max(0, (offset // _AHEAD - 1) * _AHEAD)
+            kernel().start_writing(self._target, begin, 2 * _AHEAD)
+        self.source_hash.update(task.index, data if task.hashed else None)
+        state = self.target_hash.update(task.index, out, copy=self._journal is not None)
+        if self._journal is not None and task.hashed:
+            self._journal.note(self._shard.name, offset + length, state)
+        self._progress.add(len(out), task.tensor.target.name)
 
 
-class _Buffers:
-    """One worker's memory, used for every block."""
+def schedule(plan: Plan, shard: ShardPlan, files: OpenFiles, skip: int) -> Iterator[_Task]:
+    """Every task of a shard in an order in which nobody waits long: output blocks in file order, and before a
+    tensor's blocks, while the tensors ahead of it are written, its loading and its passes.
 
-    def __init__(self, elements: int) -> None:
-        self.raw = memoryview(bytearray(elements * 4))
-        self.values = np.empty(elements, np.float32)
-        self.delta = np.empty(elements, np.float32)
-        self._low = np.empty(elements, np.uint16)
-        self._out = np.empty(elements, np.uint16)
-        self._tie = np.empty(elements, np.bool_)
-
-    def narrow(self, values: Float32, dtype: str) -> memoryview:
-        """The values rounded once to `dtype`, as bytes. Destroys `values`."""
-        count = len(values)
-        if dtype == "F32":
-            return values.data.cast("B")
-        if dtype == "F16":
-            half: npt.NDArray[np.float16] = self._out[:count].view(np.float16)
-            np.copyto(half, values, casting="same_kind")
-            return self._out[:count].data.cast("B")
-        narrow_bf16(values, self._out[:count], self._low[:count], self._tie[:count])
-        return self._out[:count].data.cast("B")
-
-
-def stack_factors(tensor: TensorPlan) -> tuple[Float32, Float32]:
-    """(rows, R) and (R, columns) whose product is the tensor's whole delta; R = 0 when nothing is added.
-
-    weight * scale goes into the left factor in float64 and is rounded once to float32.
+    Args:
+        skip: output blocks that are on disk already.
     """
-    if not tensor.parts:
-        return np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
-    left, right = zip(*(_oriented(part, tensor) for part in tensor.parts), strict=True)
-    return np.ascontiguousarray(np.hstack(left)), np.ascontiguousarray(np.vstack(right))
+    outputs: list[list[_Task]] = [[] for _ in shard.tensors]
+    works: list[Work | None] = []
+    blocks: list[list[Block]] = []
+    index = 0
+    for place, tensor in enumerate(shard.tensors):
+        own = list(blocks_of(tensor))
+        inside = [b for b in own if tensor.copied or b.first < tensor.source.rows]
+        blocks.append(inside)
+        work = None if tensor.copied else Work(tensor, plan.recipe, files, len(inside))
+        works.append(work)
+        for block in own:
+            if index >= skip:
+                outputs[place].append(_Task(work, tensor, block, 0, index))
+            index += 1
+    count = len(shard.tensors)
+    for step in range(count + _LOOKAHEAD):
+        for place in range(max(0, step - _LOOKAHEAD), min(step + 1, count)):  # the oldest tensor first
+            work = works[place]
+            behind = step - place
+            if work is None or not outputs[place]:
+                pass
+            elif behind == 0:
+                yield _Task(work, shard.tensors[place], None)
+            elif behind <= work.stages:
+                yield from (_Task(work, shard.tensors[place], block, behind) for block in blocks[place])
+            if behind == _LOOKAHEAD:
+                yield from outputs[place]
+                outputs[place], works[place], blocks[place] = [], None, []  # its factors are free to go
 
 
-def _oriented(part: Part, tensor: TensorPlan) -> tuple[Float32, Float32]:
-    a, b = read_rows(part.factor.a), read_rows(part.factor.b)
-    left, right = (a.T, b.T) if part.factor.transposed else (b, a)
-    scaled = left.astype(np.float64) * (part.weight * part.factor.scale)
-    if np.abs(scaled).max(initial=0.0) > LARGEST["F32"]:
-        raise BadAdapterError(
-            f"{part.factor.b.file}: weight {part.weight} makes {tensor.source.name} overflow"
-        )
-    return scaled.astype(np.float32), right
-
-
-def _blocks(shard: ShardPlan) -> Iterator[_Block]:
+def _output_tasks(shard: ShardPlan) -> Iterator[_Task]:
     index = 0
     for tensor in shard.tensors:
-        if tensor.copied:
-            rows, step = tensor.source.nbytes, BLOCK_ELEMENTS * 4
-        else:
-            rows, step = tensor.source.rows, max(1, BLOCK_ELEMENTS // max(1, tensor.source.columns))
-        for first in range(0, rows, step):
-            yield _Block(index, tensor, first, min(step, rows - first))
+        for block in blocks_of(tensor):
+            yield _Task(None, tensor, block, 0, index)
             index += 1
 
 
-def _look_closer(tensor: TensorPlan, data: memoryview, values: Float32) -> None:
-    """Raise what is wrong with a block that may not be finite in the output dtype; return if nothing is."""
-    before = np.empty_like(values)
-    widen_into(data, tensor.source.dtype, before)
-    finite = np.isfinite(before)
-    if np.isnan(before).any() or (tensor.parts and not finite.all()):
-        raise _nan_in_base(
-            tensor
-        )  # infinity alone is let through where nothing is added: masks are made of it
-    dtype = tensor.target.dtype
-    # halfway to the next power of two beyond the largest value is where rounding reaches infinity
-    limit = {"F16": 65520.0, "BF16": 3.3961775292304957e38, "F32": np.inf}[dtype]
-    worst = float(np.abs(values[finite]).max(initial=0.0))
-    if not worst < limit:
-        raise BadAdapterError(
-            f"{tensor.target.name}: the merged weights reach {worst:.4g}, more than {dtype} can hold "
-            f"({LARGEST[dtype]:.4g})",
-            "choose --dtype bfloat16 or float32, or smaller weights",
-        )
+def blocks_of(tensor: TensorPlan) -> Iterator[Block]:
+    """Blocks of whole rows that stay inside one expert, and on one side of where a longer table begins."""
+    source, number = tensor.source, 0
+    if tensor.copied:
+        for first in range(0, source.nbytes, COPY_BYTES):
+            yield Block(number, first, min(COPY_BYTES, source.nbytes - first), 1)
+            number += 1
+        return
+    rows = tensor.target.rows
+    edges = {0, rows, source.rows}
+    edges |= {longer for part in tensor.parts if (longer := _length(part.change)) > source.rows}
+    if len(source.shape) == 3:
+        edges |= set(range(0, rows, source.shape[1]))
+    ordered = sorted(edge for edge in edges if edge <= rows)
+    step = max(1, BLOCK_ELEMENTS // max(1, source.columns))
+    for begin, end in itertools.pairwise(ordered):
+        for first in range(begin, end, step):
+            yield Block(number, first, min(step, end - first), source.columns)
+            number += 1
 
 
-def _nan_in_base(tensor: TensorPlan) -> BadModelError:
-    return BadModelError(
-        f"{tensor.source.file}: {tensor.source.name} holds NaN or infinity",
-        "this checkpoint is broken: get it again",
-    )
-
-
-def _read_all(descriptor: int, data: memoryview, offset: int, path: Path) -> None:
-    done = 0
-    while done < len(data):
-        count = os.preadv(descriptor, [data[done:]], offset + done)
-        if count == 0:
-            raise BadTensorFileError(
-                f"{path} became shorter while it was read", "is something writing to it?"
-            )
-        done += count
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)
+def _length(change: object) -> int:
+    """Rows of a table saved whole, 0 for other changes."""
+    return change.shape[0] if isinstance(change, Replacement) and change.shape else 0

@@ -147,9 +147,7 @@ class CompiledKernel(PlainKernel):
         )
 
     def dare(self, d: Float32, first: int, key: tuple[int, int], density: float, scale: float) -> None:
-        self._library.medmerge_dare(
-            d.ctypes.data, d.size, first, key[0], key[1], int(density * 2**32), scale
-        )
+        self._library.medmerge_dare(d.ctypes.data, d.size, first, key[0], key[1], int(density * 2**32), scale)
 
     def start_writing(self, descriptor: int, offset: int, count: int) -> None:
         self._library.medmerge_start_writing(descriptor, offset, count)

@@ -152,8 +152,7 @@ def narrow(values: Float32, dtype: str, out: Buffer) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype == "BF16":
             bits = values.view(np.uint32)
-            bits = (bits + (0x7FFF + (bits >> 16 & 1)).astype(np.uint32)) >> 16
-            out[: 2 * values.size].view("<u2")[:] = bits
+            out[: 2 * values.size].view("<u2")[:] = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
         elif dtype == "F16":
             out[: 2 * values.size].view("<f2")[:] = values
         else:
