@@ -27,7 +27,8 @@ EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 class VariantCase:
     """One variant. `merged` holds every tensor of PEFT's merged model (float32) by the name the base has on disk.
 
-    Where `untied`, the base has no lm_head.weight and `merged` has one. Where `rows` is not None the vocabulary
+    Where `untied`, the base ties its embeddings (no lm_head.weight) and `merged` has both: different ones for
+    the variants called tied_..., equal ones for both_...  Where `rows` is not None the vocabulary
     was resized to that many rows.
     """
 
@@ -60,6 +61,7 @@ VARIANTS = {
     "bias_all": Variant("llama_bias", {"bias": "all", "target_modules": ATTENTION}),
     "bias_lora_only": Variant("llama_bias", {"bias": "lora_only", "target_modules": ATTENTION}),
     "lora_bias": Variant("llama_bias", {"lora_bias": True}),
+    "bias_twice": Variant("llama_bias", {"lora_bias": True, "bias": "lora_only", "target_modules": ATTENTION}),
     "modules_to_save": Variant(config={"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
     "embedding": Variant(config={"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "resized": Variant(config={"target_modules": ATTENTION}, rows=392),
@@ -70,6 +72,11 @@ VARIANTS = {
     "tied_lora_embedding": Variant("qwen3", {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied_saved_head": Variant("qwen3", {"modules_to_save": ["lm_head"]}),
     "tied_saved_embedding": Variant("qwen3", {"modules_to_save": ["embed_tokens"]}),
+    "tied_lora_apart": Variant("qwen3", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "both_tokens": Variant("qwen3", {"trainable_token_indices": [1, 9, 200]}),
+    "both_lora": Variant("qwen3", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
+    "both_saved": Variant("qwen3", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "both_resized": Variant("qwen3", {"target_modules": ATTENTION}, rows=392),
     "conv1d": Variant("gpt2", {"target_modules": CONV1D, "fan_in_fan_out": True}),
     "conv1d_mixed": Variant("gpt2", {"target_modules": [*CONV1D, "lm_head"]}),
     "dora": Variant(config={"use_dora": True}),
@@ -77,6 +84,7 @@ VARIANTS = {
     "dora_conv1d": Variant("gpt2", {"target_modules": CONV1D, "use_dora": True, "fan_in_fan_out": True}),
     "dora_embedding": Variant(config={"use_dora": True, "target_modules": ["embed_tokens", "v_proj"]}),
     "experts": Variant("moe", {"target_modules": ["q_proj"], "target_parameters": EXPERT_PARAMETERS}),
+    "router": Variant("moe", {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}),
     "experts_one": Variant(
         "moe", {"target_modules": [], "target_parameters": ["experts.down_proj"], "use_rslora": True}
     ),
@@ -111,12 +119,15 @@ def _make(name: str, made: Variant, folder: Path) -> VariantCase:
     model.save_pretrained(adapter)
 
     plain = _load(base, made.rows)
-    untied = name.startswith("tied") or (made.base == "qwen3" and bool(plain.config.tie_word_embeddings))
-    if untied:
+    config = LoraConfig.from_pretrained(adapter)
+    if name == "both_lora":  # PEFT would add the delta twice to the one tensor: once for each side
+        config.ensure_weight_tying, config.target_modules = False, {*settings["target_modules"], "lm_head"}
+    if name.startswith("tied") or name == "both_lora":
         plain.config.tie_word_embeddings = False
         plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
-    merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
-    return VariantCase(name, base, adapter, _state(merged, made.base, folder / name), untied, made.rows)
+    merged = PeftModel.from_pretrained(plain, adapter, config=config).merge_and_unload()
+    state = _state(merged, made.base, folder / name)
+    return VariantCase(name, base, adapter, state, made.base == "qwen3", made.rows)
 
 
 def _load(base: Path, rows: int | None) -> Any:
