@@ -1,4 +1,7 @@
-"""What GGUF jobs run: `run` makes one file, `run_live` the files for mixing adapters while chatting."""
+"""What GGUF jobs run: `run` makes one file, `run_verify` judges one, `run_live` prepares mixing while chatting.
+
+numpy is loaded with one BLAS thread first: the workers of a verification are our own threads.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BadRecipeError
-from engine.gguf.convert import Conversion, convert
-from engine.gguf.live import FOLDER, prepare
-from engine.gguf.lora import convert_adapter
-from engine.gguf.mixture import plan_mixture
 from engine.jobs.events import EventWriter
-from engine.weights.adapter import CONFIG
-from engine.weights.tensorfile import file_sha256
+from engine.merge.job import load_numpy_single_threaded
 
 
 def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
@@ -21,40 +19,68 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 
     - `source`, a checkpoint folder;
     - `source`, an adapter folder, with `base`: a LoRA GGUF (type f32 or f16);
-    - `base` and `adapters` ({label: {"path", "weight"}}): the mixture, without a merged checkpoint.
+    - `base` and `adapters` ({label: {"path", "weight"}}): the mixture, without a merged checkpoint. A weight is a
+      number, or a mapping of base tensor names to numbers.
 
-    `type` is a llama.cpp type (default f16, f32 for an adapter); `pre` overrides the recognised pre-tokenizer.
+    `type` is a llama.cpp type (default f16, f32 for an adapter); `pre` overrides the recognised pre-tokenizer;
+    `verify` (default True): read models and mixtures back before they get their name.
 
-    Returns: out, kind ("model", "adapter", "mixture"), type, bytes, seconds, sha256.
+    Returns: out, kind ("model", "adapter", "mixture"), type, bytes, seconds, sha256, verdict (None for an
+    adapter), exit_code (1: `out` is the `.rejected` file; 4: the verification could not tell).
     """
     started = time.monotonic()
+    load_numpy_single_threaded()
+    from engine.gguf.lora import convert_adapter
+    from engine.gguf.mixture import Mixture
+    from engine.gguf.outputs import write_ggufs
+    from engine.weights.adapter import CONFIG
+    from engine.weights.tensorfile import file_sha256
+
     out, pre = Path(params["out"]), str(params.get("pre") or "")
     source = Path(params["source"]) if params.get("source") else None
     base = Path(params["base"]) if params.get("base") else None
     if source is not None and (source / CONFIG).is_file():
         if base is None:
             raise BadRecipeError(f"{source} is an adapter", "name the base it was trained from with --base")
-        kind, type_ = "adapter", str(params.get("type") or "f32").lower()
+        type_ = str(params.get("type") or "f32").lower()
         convert_adapter(source, base, out, type_, events)
+        made = {"out": str(out), "bytes": out.stat().st_size, "sha256": file_sha256(out)}
+        return {
+            "kind": "adapter", "type": type_, **made, "verdict": None, "exit_code": 0,
+            "seconds": round(time.monotonic() - started, 3),
+        }  # fmt: skip
+    what: Path | Mixture
+    if source is not None:
+        kind, what = "model", source
+    elif base is not None and params.get("adapters"):
+        entries = dict(params["adapters"])
+        paths = {label: Path(entry["path"]) for label, entry in entries.items()}
+        kind, what = "mixture", Mixture(base, paths, {k: entry["weight"] for k, entry in entries.items()})
     else:
-        type_ = str(params.get("type") or "f16").lower()
-        if source is not None:
-            kind, conversion = "model", Conversion.plan(source, pre)
-        elif base is not None and params.get("adapters"):
-            kind, conversion = "mixture", plan_mixture(base, params["adapters"], out, pre)
-        else:
-            raise BadRecipeError(
-                "nothing to convert", "give a checkpoint or adapter folder, or a base and adapters"
-            )
-        convert(conversion, out, type_, events)
-    return {
-        "out": str(out),
-        "kind": kind,
-        "type": type_,
-        "bytes": out.stat().st_size,
-        "seconds": round(time.monotonic() - started, 3),
-        "sha256": file_sha256(out),
-    }
+        raise BadRecipeError(
+            "nothing to convert", "give a checkpoint or adapter folder, or a base and adapters"
+        )
+    type_ = str(params.get("type") or "f16").lower()
+    made = write_ggufs(what, {type_: out}, events, pre, bool(params.get("verify", True)))[0].to_json()
+    return {"kind": kind, **made, "seconds": round(time.monotonic() - started, 3)}
+
+
+def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
+    """params: file (a GGUF), base, adapters {label: path} (may be empty), weights {label: number} or None.
+
+    Returns the verdict as JSON, with its exit_code.
+    """
+    load_numpy_single_threaded()
+    from engine.gguf.verify import verify_gguf
+
+    verdict = verify_gguf(
+        Path(params["file"]),
+        Path(params["base"]),
+        {label: Path(path) for label, path in params["adapters"].items()},
+        params.get("weights"),
+        events,
+    )
+    return verdict.to_json()
 
 
 def run_live(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
@@ -67,6 +93,9 @@ def run_live(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     Returns: base (GGUF path), adapters ({label: LoRA GGUF path}), made (paths that are new), seconds.
     """
     started = time.monotonic()
+    load_numpy_single_threaded()
+    from engine.gguf.live import FOLDER, prepare
+
     adapters = {str(label): Path(path) for label, path in dict(params["adapters"]).items()}
     folder = Path(params["out"]) / FOLDER
     files = prepare(Path(params["base"]), adapters, folder, str(params.get("type") or "auto"), events)

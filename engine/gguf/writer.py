@@ -30,6 +30,8 @@ _HEADER_SPACE = 64 << 20  # generous: tokenizer and metadata
 def new_file(target: Path, needed: int, what: str) -> Iterator[Path]:
     """A `.partial` path beside `target` that becomes it when the block ends well, and is removed when not.
 
+    The block may rename the file away itself (one that failed its verification); then nothing more happens.
+
     Raises TargetExistsError, NoSpaceError (checked before, and found while writing), BadInputError when another
     process writes the same target now.
     """
@@ -47,9 +49,10 @@ def new_file(target: Path, needed: int, what: str) -> Iterator[Path]:
         _lock(lock, target)
         try:
             yield partial
-            fsync_path(partial)
-            refuse_existing(target)
-            partial.rename(target)
+            if partial.exists():
+                fsync_path(partial)
+                refuse_existing(target)
+                partial.rename(target)
             fsync_path(target.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
