@@ -11,15 +11,16 @@ from engine.merge.verify import fit as fits
 from engine.merge.verify.diagnose import Evidence, explain
 from engine.merge.verify.files import shortened
 from engine.merge.verify.fit import Fit
-from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.replay import weightings
 from engine.merge.verify.sample import draw
+from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.verdict import Finding, Verdict, Weights
 
 TOLERANCE = 1e-3  # found may differ from expected by this much at most
 RELATIVE_TOLERANCE = 2e-4  # or by this share of the weight, where the fit is that sharp
 COLLINEAR = 1e-6  # 1 - |cosine| under which two deltas cannot be told apart at all
 NEARLY = 1e-2  # and under which the fit's error decides
+WORST = 10  # modules listed as the worst
 EVIDENCE = 16  # sampled elements that must speak against another recipe
 UNCLEAR = 5e-3  # standard error of a weight above which nearly collinear deltas are not told apart
 
@@ -36,7 +37,8 @@ WEIGHT_CODES = ORDER[: ORDER.index("unknown_delta")]
 def conclude(evidence: Evidence) -> Verdict:
     """The verdict on all evidence."""
     stats, labels = evidence.stats, evidence.labels
-    whole = fits.fit(stats, labels)
+    linear = evidence.spec.linear
+    whole = fits.fit(stats if linear else [], labels)
     wrong = [tensor for tensor in stats if tensor.wrong or tensor.not_finite]
     findings = list(evidence.structure.findings)
     findings += _changed(evidence.changed)
@@ -46,27 +48,26 @@ def conclude(evidence: Evidence) -> Verdict:
     elif wrong:
         findings += explain(evidence, wrong, whole)
     else:
-        findings += _shifted(evidence, whole)
+        findings += _shifted(evidence, whole) if linear else []
         if not any(finding.code not in ("stale_files",) for finding in findings):
-            findings += _identifiable(evidence, whole)
+            findings += _identifiable(evidence, whole) if linear else _visible(evidence)
     findings = sorted(_distinct(findings), key=lambda finding: ORDER.index(finding.code))
     message = _message(evidence, whole, findings)
     if not findings:
         findings = [Finding("ok", "", message)]
     elements = sum(tensor.elements for tensor in stats)
     differing = sum(tensor.wrong for tensor in stats)
-    asked = _named(labels, whole.asked)
+    modules = [_module(tensor) for tensor in stats]
+    asked, expected = _weights(evidence, whole.asked), _weights(evidence, whole.expected)
     return Verdict(
         findings=tuple(findings),
         message=message,
         asked=evidence.asked,
-        expected_weights=_named(labels, whole.expected),
-        effective_weights=_named(labels, whole.found),
-        rounding_loss={
-            label: asked[label] - e for label, e in zip(labels, whole.expected.tolist(), strict=True)
-        },
-        residual=whole.residual,
-        rounding_floor=whole.floor,
+        expected_weights=expected if linear else None,
+        effective_weights=_weights(evidence, whole.found) if linear else None,
+        rounding_loss={label: asked[label] - expected[label] for label in asked} if linear else None,
+        residual=whole.residual if linear else None,
+        rounding_floor=whole.floor if linear else None,
         differing_share=differing / elements if elements else 0.0,
         unchanged_share=sum(tensor.unchanged for tensor in stats) / elements if elements else 1.0,
         elements_checked=elements,
@@ -74,8 +75,10 @@ def conclude(evidence: Evidence) -> Verdict:
         tensors_checked=len(evidence.structure.pairs),
         tensors_unexpected=tuple(evidence.structure.unexpected),
         tensors_wrong=tuple(tensor.name for tensor in wrong) + tuple(evidence.changed),
-        per_module=tuple(_module(tensor) for tensor in stats),
-        cosine=_cosines(labels, whole),
+        per_module=tuple(modules),
+        worst=tuple(_worst(stats, modules)),
+        method=evidence.spec.method,
+        cosine=_cosines(labels, whole) if linear else {},
         dtype=evidence.merged.dtype,
         warnings=tuple(evidence.structure.warnings),
         guessed=evidence.guess.weights if evidence.guess else None,
@@ -86,6 +89,16 @@ def _named(labels: Sequence[str], values: Any) -> Weights:
     return {label: float(value) for label, value in zip(labels, values, strict=True)}
 
 
+def _weights(evidence: Evidence, values: Any) -> Weights:
+    """By label, in the order asked; the reference model counts what the others leave of the whole."""
+    named = _named(evidence.labels, values)
+    if evidence.implied is None:
+        return named
+    whole = evidence.stats[0].base_share if evidence.stats else 1.0
+    named[evidence.implied] = whole - sum(named.values())
+    return {label: named[label] for label in evidence.spec.labels}
+
+
 def _cosines(labels: Sequence[str], whole: Fit) -> dict[str, float]:
     return {
         f"{labels[i]} {labels[j]}": float(whole.cosines[i, j])
@@ -94,19 +107,37 @@ def _cosines(labels: Sequence[str], whole: Fit) -> dict[str, float]:
     }
 
 
+def _worst(stats: Sequence[TensorStats], modules: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The modules farthest from what was asked: share of wrong elements first, then error against rounding's."""
+    order = sorted(
+        range(len(stats)),
+        key=lambda i: (-stats[i].wrong / max(1, stats[i].elements), -stats[i].relative_error),
+    )
+    return [modules[i] for i in order[:WORST]]
+
+
 def _module(tensor: TensorStats) -> dict[str, Any]:
-    one = fits.fit([tensor], tensor.labels)
-    return {
+    found: dict[str, Any] = {
         "name": tensor.name.removesuffix(".weight"),
         "asked": _named(tensor.labels, tensor.asked),
-        "expected": _named(tensor.labels, one.expected),
-        "found": _named(tensor.labels, one.found),
-        "residual": one.residual,
-        "rounding_floor": one.floor,
         "elements": tensor.elements,
         "differing": tensor.wrong,
         "unchanged": tensor.unchanged,
+        "error": tensor.relative_error if np.isfinite(tensor.relative_error) else None,
+        "expected": None,
+        "found": None,
+        "residual": None,
+        "rounding_floor": None,
     }
+    if tensor.linear:
+        one = fits.fit([tensor], tensor.labels)
+        found |= {
+            "expected": _named(tensor.labels, one.expected),
+            "found": _named(tensor.labels, one.found),
+            "residual": one.residual,
+            "rounding_floor": one.floor,
+        }
+    return found
 
 
 def _distinct(findings: Sequence[Finding]) -> list[Finding]:
@@ -174,6 +205,19 @@ def _shifted(evidence: Evidence, whole: Fit) -> list[Finding]:
     return [Finding("other_weights", text, f"other weights were applied: {text}")]
 
 
+def _visible(evidence: Evidence) -> list[Finding]:
+    """A right merge by a method without a fit: it must at least differ from the base."""
+    if any(tensor.ideal_unchanged < tensor.elements for tensor in evidence.stats):
+        return []
+    return [
+        Finding(
+            "not_identifiable",
+            "base",
+            f"{evidence.merged.dtype} is too coarse for these deltas: a right merge has the same bits as the base",
+        )
+    ]
+
+
 def _identifiable(evidence: Evidence, whole: Fit) -> list[Finding]:
     """Could a merge with other weights have given these very bits? Then a yes would be worth nothing."""
     labels = evidence.labels
@@ -202,7 +246,9 @@ def _identifiable(evidence: Evidence, whole: Fit) -> list[Finding]:
     close = len(labels) > 1 and bool(np.ptp(whole.expected) < 6 * whole.error.max())
     if not doubtful.any() and not close:
         return []
-    sample = draw(evidence.stats, evidence.base, evidence.merged, labels, 1_000_000)
+    sample = draw(
+        evidence.stats, evidence.base, evidence.merged, evidence.spec.labels, 1_000_000, evidence.implied
+    )
     for way in weightings(sample):
         finding = way.finding
         if finding is None:
@@ -223,10 +269,18 @@ def _identifiable(evidence: Evidence, whole: Fit) -> list[Finding]:
 
 def _message(evidence: Evidence, whole: Fit, findings: Sequence[Finding]) -> str:
     """The verdict in one sentence."""
-    found = " / ".join(f"{w:.3f}" for w in whole.found)
-    names = " / ".join(evidence.labels)
+    names = " / ".join(evidence.spec.labels)
+    method = evidence.spec.method
+    if not evidence.spec.linear:
+        weights = " / ".join(f"{weight:g}" for weight in evidence.spec.weights().values())
+        if not findings:
+            return f"every element is right: {method} of {names} at weights {weights}"
+        return findings[0].message
+    found = " / ".join(f"{weight:.3f}" for weight in _weights(evidence, whole.found).values())
     if evidence.asked is not None:
-        asked = " / ".join(f"{evidence.asked[label]:.3f}" for label in evidence.labels)
+        scaled = evidence.spec.normalizes or evidence.spec.lam != 1.0 or evidence.implied is not None
+        weights_asked = _weights(evidence, whole.asked) if scaled else evidence.asked
+        asked = " / ".join(f"{weight:.3f}" for weight in weights_asked.values())
         if not findings:
             return f"every element is right: {names} merged at {asked}"
         where = f"found {found} where {asked} was asked ({names})"

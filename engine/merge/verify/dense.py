@@ -14,10 +14,11 @@ import numpy as np
 
 from engine.merge.verify.asked import LINEAR
 from engine.merge.verify.bits import BLOCK_ELEMENTS, raw_rows, read_block, widen_bits
-from engine.merge.verify.formulas import Block, Elements, Formula, Task, make_formula
+from engine.merge.verify.formulas import Block, Elements, Formula, NewRows, Task, make_formula
 from engine.merge.verify.rounding import Array, Float32Array, Float64Array, fast_bits, round_to
 from engine.merge.verify.stats import TensorStats
-from engine.merge.verify.terms import Loaded
+from engine.merge.verify.terms import Loaded, Part
+from engine.merge.verify.whole import Absent
 
 _JUDGED = 1 << 14  # elements judged at once
 
@@ -46,22 +47,37 @@ def measure_dense(task: Task, judge: bool = True) -> TensorStats:
         ideal=np.zeros(count),
     )
     roundings = [term.roundings for term in loaded]
-    columns = task.merged.columns
+    columns = max(1, task.merged.columns)
     for block in blocks_of(task, loaded):
-        first = block.start // max(1, columns)
-        raw = raw_rows(task.merged, first, block.base.size // max(1, columns))
+        rows = block.base.size // columns
+        raw = raw_rows(task.merged, block.start // columns, rows)
         _measure_block(stats, task, formula, roundings, block, raw, judge)
+    for formula, block in new_rows(task, loaded):
+        raw = raw_rows(task.merged, block.start // columns, block.base.size // columns)
+        _measure_block(stats, task, formula, roundings, block, raw, judge, new=True)
     return stats
 
 
 def blocks_of(task: Task, loaded: Sequence[Loaded]) -> Iterator[Block]:
-    """The tensor from its first row to its last, in blocks that fit the processor's cache."""
-    rows, columns = task.merged.rows, task.merged.columns
+    """The base's rows from the first to the last, in blocks that fit the processor's cache."""
+    rows, columns = task.base.rows, task.base.columns
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
     for first in range(0, rows, step):
         base = read_block(task.base, first, min(step, rows - first))
         parts = [term.block(first, base) for term in loaded]
         yield Block(first * columns, base.reshape(-1), parts)
+
+
+def new_rows(task: Task, loaded: Sequence[Loaded]) -> Iterator[tuple[NewRows, Block]]:
+    """Rows that the merge has and the base has not, one by one (there are few), with who brings each."""
+    columns = task.base.columns
+    base = np.zeros((1, columns), np.float32)
+    for row in range(task.base.rows, task.merged.rows):
+        there = [k for k, term in enumerate(task.terms) if term.shape[0] > row]
+        parts: list[Part] = [
+            term.block(row, base) if k in there else Absent(base) for k, term in enumerate(loaded)
+        ]
+        yield NewRows(task, there), Block(row * columns, base.reshape(-1), parts)
 
 
 def _measure_block(
@@ -72,7 +88,9 @@ def _measure_block(
     block: Block,
     raw: Array,
     judge: bool,
+    new: bool = False,
 ) -> None:
+    """Add one block to `stats`. `new`: rows the base has not, which say nothing about weights."""
     merged = widen_bits(raw, stats.dtype)
     wanted = formula.value32(block)
     expected = fast_bits(wanted.copy(), stats.dtype)
@@ -81,7 +99,7 @@ def _measure_block(
     stats.ideal_unchanged += int(np.count_nonzero(kept == expected))
     where = np.flatnonzero(expected != raw)
     with np.errstate(invalid="ignore", over="ignore"):
-        if stats.linear:  # what float32 would lose of a small delta beside a large W stays
+        if stats.linear and not new:  # what float32 would lose of a small delta beside a large W stays
             error = merged - block.base
             if stats.base_share != 1.0:
                 error -= np.float32(stats.base_share - 1.0) * block.base
@@ -97,7 +115,7 @@ def _measure_block(
         square = float(np.sum(np.square(error, dtype=np.float64)))
     stats.found_square += square
     stats.ideal_square += square
-    if stats.linear:
+    if stats.linear and not new:
         _add_sums(stats, block, error)
     if not judge:
         return
@@ -136,7 +154,7 @@ def _judge(
     change = np.where(finite, right - found, 0.0)
     before = error[where].astype(np.float64)
     stats.ideal_square += float(np.sum((before + change) ** 2 - before**2))
-    if stats.linear:
+    if stats.linear and not isinstance(formula, NewRows):
         stats.ideal += at.deltas @ change
     low, high = _interval(plain.value, plain.bound, stats.dtype)
     wrong = np.flatnonzero(~((low <= found) & (found <= high) & finite))

@@ -18,9 +18,10 @@ from engine.merge.verify.files import Structure, shortened
 from engine.merge.verify.fit import Fit
 from engine.merge.verify.formulas import Task
 from engine.merge.verify.guess import Guess
-from engine.merge.verify.stats import TensorStats
+from engine.merge.verify.hypotheses import best_explanation
 from engine.merge.verify.replay import Rounding, Weighting, roundings, weightings
 from engine.merge.verify.sample import Sample, draw
+from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.verdict import Finding, Weights
 from engine.weights.checkpoint import Checkpoint
 
@@ -60,12 +61,44 @@ def explain(evidence: Evidence, wrong: list[TensorStats], whole: Fit) -> list[Fi
     rest = [tensor for tensor in wrong if not tensor.untouched_in_fact]
     if not rest:
         return findings
-    sample = draw(rest, evidence.base, evidence.merged, evidence.labels)
+    if not evidence.spec.linear:
+        return findings + _other_way(evidence, rest)
+    sample = draw(rest, evidence.base, evidence.merged, evidence.spec.labels, implied=evidence.implied)
     explained, unexplained = _replay(evidence, sample, rest)
     findings += explained
     if unexplained:
         findings += _unexplained(evidence, unexplained, whole)
     return findings
+
+
+def _other_way(evidence: Evidence, wrong: list[TensorStats]) -> list[Finding]:
+    """Findings for a method that is not linear in the weights: by hypotheses, never by a fit."""
+    count, elements = sum(t.wrong for t in wrong), sum(t.elements for t in wrong)
+    found = best_explanation([(evidence.tasks[t.name], t) for t in wrong])
+    findings = []
+    if found is not None:
+        finding, left = found
+        right = [t for t in evidence.stats if not t.wrong and t.ideal_unchanged < t.elements]
+        where = f", in {len(wrong)} modules: {shortened([t.name for t in wrong])}" if right else ""
+        findings.append(Finding(finding.code, finding.detail, finding.message + where))
+        wrong = [t for t in wrong if t.name in left]
+        if not wrong:
+            return findings
+    if count <= max(64, 1e-3 * elements):
+        return [*findings, _few(wrong, count)]
+    ratio = max(tensor.relative_error for tensor in wrong)
+    names = shortened([t.name.removesuffix(".weight") for t in wrong])
+    text = f"error {ratio:.3g} x rounding"
+    return [
+        *findings,
+        Finding(
+            "unknown_delta",
+            text,
+            f"something else is in {len(wrong)} modules ({names}): {count:,} elements are not what "
+            f"{evidence.spec.method} gives, and no other parameters explain them (up to {ratio:.3g} x the error of "
+            "rounding)",
+        ),
+    ]
 
 
 def _partly(tensors: Sequence[TensorStats], words: str) -> Finding:

@@ -14,6 +14,7 @@ plain result. Others follow only where a decision (a threshold, a sign) hangs on
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engine.merge.verify.asked import LINEAR
 from engine.merge.verify.draws import Draws
 from engine.merge.verify.rounding import Array, Float32Array, Float64Array
 from engine.merge.verify.stats import UNIT
@@ -51,7 +53,6 @@ class Task:
     seed: int = 0
     total: float = 1.0
     of_models: bool = False
-    span: tuple[int, int] = (0, 0)  # rows and columns of the result
 
     @property
     def coefficients(self) -> Float64Array:
@@ -157,6 +158,26 @@ class Linear:
         yield Way(value, _bound(at, a, self.task.base_share, deltas))
 
 
+class NewRows:
+    """Rows of new tokens, which the base does not have: the weighted mean of the entries that bring them."""
+
+    def __init__(self, task: Task, present: Sequence[int]) -> None:
+        chosen = np.zeros(len(task.terms))
+        chosen[list(present)] = task.weights[list(present)]
+        total = float(chosen.sum())
+        self.shares = chosen / (total if abs(total) >= NO_WEIGHT else 1.0)
+
+    def value32(self, block: Block) -> Float32Array:
+        total = np.zeros_like(block.base)
+        for share, delta in zip(self.shares, block.deltas, strict=True):
+            total += np.float32(share) * delta
+        return total
+
+    def ways(self, block: Block, at: Elements) -> Iterator[Way]:
+        shares = self.shares[:, None]
+        yield Way((shares * at.deltas).sum(axis=0), _bound(at, shares, 0.0, at.deltas))
+
+
 class Slerp:
     """Two passes: the angle of the whole tensors, then the arc between them."""
 
@@ -184,7 +205,7 @@ class Slerp:
             (abs(s[i] - plain[i]) for s in others if s[2] == plain[2] for i in (0, 1)), default=0.0
         )
 
-    def _ends(self, base: Any, deltas: Sequence[Any]) -> tuple[Any, Any]:
+    def _ends(self, base: Any, deltas: Any) -> tuple[Any, Any]:
         one, two = (base.dtype.type(weight) for weight in self.w)
         return base + one * deltas[0], base + two * deltas[1]
 
@@ -195,6 +216,15 @@ class Slerp:
             return 1 - t, t, True
         angle = math.acos(cosine)
         return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle), False
+
+    def at(self, task: Task) -> Formula:
+        """The same tensors at another t, along the same arc; a straight line for the linear methods."""
+        if task.method in LINEAR:
+            return Linear(task)
+        other = copy.copy(self)
+        other.task, other.w = task, task.weights
+        other.choices = [other._shares(self.cosine)]
+        return other
 
     def value32(self, block: Block) -> Float32Array:
         p, q = self._ends(block.base, block.deltas)

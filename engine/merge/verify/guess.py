@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.merge.verify.fit import fit
-from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.replay import implied_weights
 from engine.merge.verify.sample import draw
+from engine.merge.verify.stats import TensorStats
 from engine.weights.checkpoint import Checkpoint
 
 DIGITS = (1, 2, 3, 4, 5)

@@ -67,8 +67,14 @@ def _mistakes(sample: Sample) -> Iterator[tuple[Finding, Float64Array]]:
         for gone in itertools.combinations(range(k), count):
             weights = asked.copy()
             weights[list(gone)] = 0.0
+            if sample.implied is not None:  # an average of the others
+                left = weights.sum(axis=0)
+                weights *= sample.whole / np.where(left != 0, left, 1.0)
             names = ", ".join(labels[i] for i in gone)
             yield Finding("missing", names, f"{names} is not in the merge"), weights
+    if sample.implied is not None:
+        yield from _implied_weights(sample)
+        return
     yield (
         Finding("weight_squared", "", "the weights were applied twice"),
         asked * np.abs(asked),
@@ -120,6 +126,9 @@ def _implied_weights(sample: Sample) -> Iterator[tuple[Finding, Float64Array]]:
     implied = implied_weights(sample)
     for digits in (1, 2, 3):
         rounded = np.round(implied, digits)
+        if sample.implied is not None:
+            rounded[sample.implied] = 0.0
+            rounded[sample.implied] = round(sample.whole - float(rounded.sum()), digits)
         text = ", ".join(f"{label} {w:g}" for label, w in zip(sample.labels, rounded, strict=True))
         weights = np.broadcast_to(rounded[:, None], sample.asked.shape)
         yield (
@@ -184,9 +193,20 @@ def roundings(sample: Sample) -> Iterator[Rounding]:
             "low_precision_sums",
             "differences of checkpoints",
             "each adapter was merged and rounded, subtracted from the base again, weighted and summed in the "
-            "merge's own dtype (as mergekit does)",
+            "merge's own dtype",
         ),
         lambda s, w: _low_precision(s, w, round_to(round_to(s.base + s.deltas, s.dtype) - s.base, s.dtype)),
+    )
+    yield Rounding(
+        Finding(
+            "low_precision_sums",
+            "differences of checkpoints, weights rounded",
+            "each adapter was merged and rounded, subtracted from the base again, and weights, products and sums "
+            "were rounded to the merge's own dtype (as mergekit does)",
+        ),
+        lambda s, w: _low_precision(
+            s, round_to(w, s.dtype), round_to(round_to(s.base + s.deltas, s.dtype) - s.base, s.dtype)
+        ),
     )
     yield Rounding(
         Finding(

@@ -37,6 +37,8 @@ class Sample:
     asked: Float64Array  # (K, N)
     bound: Float64Array  # (N,) e of measure.py, for weights up to the larger of 1 and those asked
     owner: Array
+    implied: int | None = None  # the label that counts what the others leave of `whole`; its delta is 0
+    whole: float = 1.0
 
     def fits(self, weights: Float64Array) -> Array:
         """Which elements lie in the interval that one rounding of base + sum weights * delta allows."""
@@ -60,6 +62,7 @@ class Sample:
         return Sample(
             self.labels, self.names, self.dtype, self.base[keep], self.merged[keep], self.deltas[:, keep],
             self.coarse[:, keep], self.asked[:, keep], self.bound[keep], self.owner[keep],
+            self.implied, self.whole,
         )  # fmt: skip
 
     @property
@@ -74,6 +77,7 @@ def draw(
     merged: Checkpoint,
     labels: Sequence[str],
     budget: int = BUDGET,
+    implied: str | None = None,
 ) -> Sample:
     """Evenly spaced rows of every tensor given (always the row of its first wrong element), `budget` in all."""
     position = {label: i for i, label in enumerate(labels)}
@@ -94,15 +98,27 @@ def draw(
             asked[k] = weight
             spread += max(1.0, abs(weight)) * size
             ranks += roundings
+        if implied is not None:
+            asked[position[implied]] = stats.base_share - asked.sum(axis=0)
         bound = (ranks + 2 * len(stats.terms) + 4) * UNIT * (np.abs(w).reshape(-1) + spread)
         base_part = stats.base_share * w.reshape(-1)
         parts.append((base_part, y.reshape(-1), deltas, coarse, asked, bound, np.full(shape[1], number)))
-    columns = list(zip(*parts, strict=True))
+    w, y, deltas, coarse, asked, bound, owner = (
+        np.concatenate(column, axis=-1) for column in zip(*parts, strict=True)
+    )
     return Sample(
         tuple(labels),
         tuple(stats.name for stats in tensors),
         tensors[0].dtype,
-        *(np.concatenate(column, axis=-1) for column in columns),
+        w,
+        y,
+        deltas,
+        coarse,
+        asked,
+        bound,
+        owner,
+        None if implied is None else position[implied],
+        tensors[0].base_share,
     )
 
 

@@ -11,7 +11,7 @@ from engine.errors import BadModelError, BadRecipeError
 from engine.merge.verify.asked import Asked, AskedEntry
 from engine.merge.verify.deltas import read_deltas, reference
 from engine.merge.verify.formulas import Task
-from engine.merge.verify.rounding import FORMATS
+from engine.merge.verify.rounding import FORMATS, Array
 from engine.merge.verify.terms import Term
 from engine.merge.verify.tokens import common_rows, is_table, token_ids
 from engine.merge.verify.whole import Nothing, Whole
@@ -90,22 +90,23 @@ def _add_models(models: Models) -> None:
     if not entries:
         return
     opened = {entry.label: Checkpoint.open(entry.path) for entry in entries}
-    rows: dict[str, dict[str, np.ndarray]] = {}
-    if asked.vocabulary == "intersection":
-        vocabularies = {label: token_ids(model.folder) for label, model in opened.items()}
-        own = token_ids(origin.folder)
-        for name, held in origin.tensors.items():
-            if is_table(name):
-                sizes = {label: _of(entry, opened[entry.label], name).rows for label, entry in _by(entries)}
-                rows[name] = common_rows(own, held.rows, vocabularies, sizes)
+    own = token_ids(origin.folder)
+    others = {label: token_ids(model.folder) for label, model in opened.items()}
+    moved = {label: ids for label, ids in others.items() if own and ids and ids != own}
+    every = {label: ids for label, ids in others.items() if ids}
     for name, held in origin.tensors.items():
-        if held.dtype not in FORMATS or (asked.vocabulary == "keep_first" and is_table(name)):
+        if held.dtype not in FORMATS:
             continue
-        for entry in entries:
-            if entry.label == models.implied:
+        found = {entry.label: _of(entry, opened[entry.label], name) for entry in entries}
+        rows: dict[str, Array] = {}
+        if own and moved and is_table(name) and asked.vocabulary == "intersection":
+            length = held.shape[0]
+            rows = common_rows(own, length, every, {label: info.shape[0] for label, info in found.items()})
+        for label, info in found.items():
+            keep = label in moved and is_table(name) and asked.vocabulary == "keep_first"
+            if label == models.implied or keep:
                 continue
-            info = _of(entry, opened[entry.label], name)
-            term = Whole(entry.label, name, info, rows.get(name, {}).get(entry.label))
+            term = Whole(label, name, info, rows.get(label))
             if term.shape != held.shape or info.dtype not in FORMATS:
                 raise BadModelError(
                     f"{info.file}: {name} is {info.dtype} {list(info.shape)}, and {held.dtype} {list(held.shape)} "
@@ -113,10 +114,6 @@ def _add_models(models: Models) -> None:
                     "the models do not have the same shape",
                 )
             models.terms.setdefault(name, []).append(term)
-
-
-def _by(entries: list[AskedEntry]) -> list[tuple[str, AskedEntry]]:
-    return [(entry.label, entry) for entry in entries]
 
 
 def _of(entry: AskedEntry, model: Checkpoint, name: str) -> TensorInfo:

@@ -23,7 +23,6 @@ from engine.errors import BadAdapterError
 from engine.merge.verify.rounding import Array, Float32Array, Float64Array
 from engine.weights.tensorfile import TensorInfo, read_rows
 
-
 Exact = tuple[Float64Array, Float64Array]  # deltas, sizes
 
 

@@ -15,16 +15,20 @@ from engine.merge.verify.rounding import Array
 
 
 def is_table(name: str) -> bool:
-    """Whether a tensor has one row a token."""
-    return is_embedding(name) or name.endswith(("lm_head.weight", "embed_out.weight"))
+    """Whether a tensor has one row (or number) a token."""
+    return is_embedding(name) or name.endswith(
+        ("lm_head.weight", "embed_out.weight", "word_embeddings.weight", "lm_head.bias")
+    )
 
 
-def token_ids(folder: Path) -> dict[str, int]:
-    """Every token's row, from tokenizer.json (its model's vocabulary and the added tokens).
+def token_ids(folder: Path) -> dict[str, int] | None:
+    """Every token's row, from tokenizer.json (its model's vocabulary and the added tokens); None without one.
 
-    Raises BadModelError when there is none, or it is of a kind that has no list of tokens.
+    Raises BadModelError when it cannot be read as a list of tokens.
     """
     path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = (document.get("model") or {}).get("vocab")
@@ -38,8 +42,6 @@ def token_ids(folder: Path) -> dict[str, int]:
         raise BadModelError(
             f"{path} cannot be read: {error}", "merging vocabularies token by token needs every tokenizer"
         ) from error
-    if not found:
-        raise BadModelError(f"{path} lists no tokens")
     return found
 
 

@@ -48,6 +48,8 @@ class Verdict:
     tensors_unexpected: tuple[str, ...] = ()
     tensors_wrong: tuple[str, ...] = ()
     per_module: tuple[dict[str, Any], ...] = ()
+    worst: tuple[dict[str, Any], ...] = ()  # of per_module, those farthest from what was asked
+    method: str = "linear"
     cosine: dict[str, float] = field(default_factory=dict)
     dtype: str = ""
     warnings: tuple[str, ...] = ()
@@ -91,6 +93,8 @@ class Verdict:
             "tensors_unexpected": list(self.tensors_unexpected),
             "tensors_wrong": list(self.tensors_wrong),
             "per_module": list(self.per_module),
+            "worst": list(self.worst),
+            "method": self.method,
             "cosine": self.cosine,
             "dtype": self.dtype,
             "warnings": list(self.warnings),

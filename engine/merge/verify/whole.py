@@ -215,7 +215,9 @@ class _Added:
 class _AddedPart:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
-        self.dense = np.sum([part.dense for part in parts], axis=0, dtype=np.float32)
+        self.dense = parts[0].dense.copy()
+        for part in parts[1:]:
+            self.dense += part.dense
 
     def exact(self, where: Array) -> Exact:
         pairs = [part.exact(where) for part in self.parts]
@@ -240,12 +242,14 @@ class _Zero:
     largest = 0.0
 
     def block(self, first: int, base: Float32Array) -> Part:
-        return _ZeroPart(np.zeros_like(base))
+        return Absent(base)
 
 
-class _ZeroPart:
-    def __init__(self, dense: Float32Array) -> None:
-        self.dense = dense
+class Absent:
+    """No change of a block."""
+
+    def __init__(self, base: Float32Array) -> None:
+        self.dense = np.zeros_like(base)
 
     def exact(self, where: Array) -> Exact:
         return np.zeros(where.size), np.zeros(where.size)
