@@ -30,7 +30,7 @@ from engine.jobs.events import EventWriter
 from engine.merge.combine_check import check_combined
 from engine.merge.combine_config import adapter_config, training_note
 from engine.merge.lowrank import Spectrum, Term, stack, truncate
-from engine.merge.manifest import FORMAT, NAME, describe_adapter
+from engine.merge.manifest import FORMAT, NAME, describe_adapter, linear_fields
 from engine.weights import Adapter, Checkpoint, LoraFactor
 from engine.weights.adapter import CONFIG, MANIFEST, WEIGHTS
 from engine.weights.tensorfile import encode_header, file_sha256, read_rows
@@ -248,6 +248,7 @@ def _manifest(
         "name": name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": dict(document or {}),
+        **linear_fields(document or {}),
         "asked": asked,
         "base": {
             "name": base.name,
@@ -255,6 +256,7 @@ def _manifest(
             "files": {"config.json": file_sha256(base.folder / "config.json")},
         },
         "adapters": {label: describe_adapter(adapter) for label, adapter in adapters.items()},
+        "models": {},
         "output": {
             "kind": "adapter",
             "dtype": "float32",

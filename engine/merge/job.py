@@ -61,7 +61,7 @@ def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """
     load_numpy_single_threaded()
     if params.get("manifest"):
-        from engine.merge.manifest import check_manifest
+        from engine.merge.manifest_check import check_manifest
 
         return check_manifest(Path(params["merged"]), events)
     from engine.merge.verify import verify_merge

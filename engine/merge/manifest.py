@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,21 @@ import numpy as np
 from engine import __version__
 from engine.errors import BadInputError, BadModelError, BadRecipeError
 from engine.merge.plan import Plan
-from engine.merge.recipe import METHODS, TRIMS, Recipe, parse
+from engine.merge.recipe import METHODS, TRIMS, Recipe
 from engine.merge.selectors import spec_to_document
 from engine.merge.stream import Streamed
 from engine.weights import Adapter, Checkpoint
-from engine.weights.changes import Addition, Change, Dora, ExpertFactor, LoraFactor, Replacement
+from engine.weights.changes import (
+    Addition,
+    Change,
+    Dora,
+    ExpertFactor,
+    Experts,
+    LoraFactor,
+    Replacement,
+    Sum,
+    TokenRows,
+)
 from engine.weights.checkpoint import read_json
 from engine.weights.tensorfile import file_sha256
 
@@ -34,8 +44,9 @@ FORMAT = "medmerge.merge/2"
 FIRST_FORMAT = "medmerge.merge/1"  # linear merges of adapters only; still read
 SCHEMA = Path(__file__).with_name("manifest.schema.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_VARIANTS: dict[type[Change], str] = {
-    LoraFactor: "lora", Dora: "dora", ExpertFactor: "experts", Replacement: "replaced", Addition: "bias",
+_VARIANTS: dict[type, str] = {
+    LoraFactor: "lora", Experts: "experts", ExpertFactor: "experts", Dora: "dora", Replacement: "replaced",
+    TokenRows: "token_rows", Addition: "added",
 }  # fmt: skip
 
 
@@ -54,13 +65,12 @@ def make_manifest(plan: Plan, streamed: Streamed, folder: Path, seconds: float) 
         "asked": plan.asked,
         "base": describe_model(plan.base, read, near) if recipe.base is not None else None,
         "adapters": {
-            label: describe_adapter(adapter, near) | {"variants": variants(plan.inputs.changes[label].values())}
+            label: describe_adapter(adapter, near)
+            | {"variants": variants(plan.inputs.changes[label].values())}
             for label, adapter in plan.adapters.items()
         },
         "models": {
-            label: describe_model(
-                model, read if model is plan.base else _of(streamed.others, model), near
-            )
+            label: describe_model(model, read if model is plan.base else _of(streamed.others, model), near)
             for label, model in plan.inputs.models.items()
         },
         "output": {
@@ -82,35 +92,40 @@ def versions() -> dict[str, str]:
     return {"medmerge": __version__, "python": platform.python_version(), "numpy": np.__version__}
 
 
-def method_fields(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
+def method_fields(recipe: Recipe) -> dict[str, Any]:
     """method, parameters, densities and vocabulary of a recipe, every default written out.
 
-    `densities` gives what each entry keeps of its delta ({} where the method trims nothing). A recipe given as
-    a document is one that was checked before.
+    `densities` gives what each entry keeps of its delta ({} where the method trims nothing).
     """
-    if not isinstance(recipe, Recipe):
-        recipe = parse(dict(recipe), "recipe", [])
     names = METHODS[recipe.method]
     parameters = recipe.parameters.to_dict(names)
     if "normalize" in names:
         parameters["normalize"] = recipe.normalize
     kept = {entry.label: entry.density or recipe.parameters.density for entry in recipe.entries}
+    densities = {label: spec_to_document(density) for label, density in kept.items()}
     return {
         "method": recipe.method,
         "parameters": parameters,
-        "densities": {label: spec_to_document(density) for label, density in kept.items()}
-        if recipe.method in TRIMS
-        else {},
+        "densities": densities if recipe.method in TRIMS else {},
         "vocabulary": recipe.vocabulary if recipe.models else None,
     }
 
 
-def variants(changes: Any) -> dict[str, int]:
-    """How many tensors an adapter changes in which way: {"lora": 210, "dora": 0, ...} without the zeros."""
+def linear_fields(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a recipe document for a merged adapter, which only linear methods make."""
+    method = str(document.get("method", "linear"))
+    default = {"normalize": False} if method == "linear" else {"lambda": 1.0}
+    parameters = {**default, **(document.get("parameters") or {})}
+    return {"method": method, "parameters": parameters, "densities": {}, "vocabulary": None}
+
+
+def variants(changes: Iterable[Change]) -> dict[str, int]:
+    """How many tensors an adapter changes in which way: {"lora": 210, "dora": 4}; several ways count each."""
     counted: dict[str, int] = {}
     for change in changes:
-        name = _VARIANTS[type(change)]
-        counted[name] = counted.get(name, 0) + 1
+        for one in change.parts if isinstance(change, Sum) else (change,):
+            name = _VARIANTS[type(one)]
+            counted[name] = counted.get(name, 0) + 1
     return counted
 
 
@@ -119,7 +134,9 @@ def hash_files(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
     return {
         name: known[name] if name in known else file_sha256(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".") and (name := str(path.relative_to(folder))) != NAME
+        if path.is_file()
+        and not path.name.startswith(".")
+        and (name := str(path.relative_to(folder))) != NAME
     }
 
 
@@ -134,7 +151,10 @@ def describe_model(model: Checkpoint, shard_hashes: Mapping[str, str], near: Pat
         "name": model.name,
         "path": str(model.folder),
         "relative": _relative(model.folder, near),
-        "files": {**shard_hashes, **{str(path.relative_to(model.folder)): file_sha256(path) for path in beside}},
+        "files": {
+            **shard_hashes,
+            **{str(path.relative_to(model.folder)): file_sha256(path) for path in beside},
+        },
     }
     if (model.folder / NAME).is_file():
         parent = read_json(model.folder / NAME, BadModelError, "delete it if this is no merge")
@@ -213,7 +233,12 @@ def _check_part(path: Path, where: str, part: object) -> None:
     if not isinstance(part, dict) or not isinstance(files, dict):
         raise BadInputError(f"{path}: {where}.files is not a mapping of file names to SHA-256")
     for name, sha256 in files.items():
-        if not name or "\0" in name or Path(name).is_absolute() or not {"..", "."}.isdisjoint(name.split("/")):
+        if (
+            not name
+            or "\0" in name
+            or Path(name).is_absolute()
+            or not {"..", "."}.isdisjoint(name.split("/"))
+        ):
             raise BadInputError(f"{path}: {where}.files names {name!r}, which is no file in that folder")
         if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
             raise BadInputError(f"{path}: {where}.files[{name!r}] is no SHA-256 (64 hex digits)")

@@ -18,17 +18,22 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add(
         "verify",
         "is a merge what was asked, and which weights are really in it",
-        description="Reads a merged folder back and compares every element with what the weights ask for. "
-        "Exit code 0: every element is right; 1: it is not what was asked, and the findings say how; "
-        "4: it could not tell. Without weights it answers what is in there.",
+        description="Reads a merged folder or a GGUF file back and compares every element with what the weights "
+        "ask for, a GGUF's within the bound of its types. Exit code 0: every element is right; 1: it is not what "
+        "was asked, and the findings say how; 4: it could not tell. Without weights it answers what is in there; a "
+        "GGUF with --base alone is compared with that checkpoint.",
         examples=(
             "  medmerge verify merges/m --base B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7\n"
             "  medmerge verify merges/m --base B --adapter pt=adapters/pt --adapter sft=adapters/sft\n"
+            "  medmerge verify m.gguf --base B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7\n"
+            "  medmerge verify m.gguf --base merges/m\n"
             "  medmerge verify merges/m --manifest"
         ),
         job=True,
     )
-    parser.add_argument("merged", metavar="DIR", help="the merged model folder, made by any tool")
+    parser.add_argument(
+        "merged", metavar="DIR_OR_GGUF", help="the merged model folder or GGUF file, made by any tool"
+    )
     parser.add_argument("--base", metavar="DIR", help="the base model folder")
     parser.add_argument(
         "--adapter",
@@ -47,10 +52,7 @@ def run(args: argparse.Namespace) -> int:
     workspace = workspace_of(args)
     merged = existing_path(args.merged, workspace, "merge")
     if merged.is_file():
-        raise BadInputError(
-            f"{merged} is a file: GGUF files are not verified in this version",
-            "verify the checkpoint folder it was made from",
-        )
+        return _run_gguf(args, merged)
     params: dict[str, Any] = {"merged": str(merged), "manifest": bool(args.manifest)}
     if not args.manifest:
         params |= _question(args)
@@ -59,12 +61,29 @@ def run(args: argparse.Namespace) -> int:
     return run_job(args, spec, render_manifest if args.manifest else render)
 
 
-def _question(args: argparse.Namespace) -> dict[str, Any]:
+def _run_gguf(args: argparse.Namespace, file: Path) -> int:
+    if args.manifest:
+        raise BadInputError(f"{file} is a file, and --manifest checks a merged folder")
+    params = {"file": str(file), **_question(args, adapters_needed=False)}
+    spec = JobSpec(
+        "verify", "engine.gguf.job:run_verify", params, f"verify {file.name}", command_line(args.argv)
+    )
+    return run_job(args, spec, render_gguf)
+
+
+def _question(args: argparse.Namespace, adapters_needed: bool = True) -> dict[str, Any]:
     """base, adapters and weights (None when none was given)."""
-    if not args.base or not args.adapter:
-        raise BadRecipeError(
-            "verify needs --base and at least one --adapter",
-            "for example: --base bases/B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7",
+    if not args.base or (adapters_needed and not args.adapter):
+        raise (
+            BadRecipeError(
+                "verifying a GGUF needs --base",
+                "the base, with --adapter for each adapter, or alone the checkpoint the file was made from",
+            )
+            if not adapters_needed
+            else BadRecipeError(
+                "verify needs --base and at least one --adapter",
+                "for example: --base bases/B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7",
+            )
         )
     workspace = workspace_of(args)
     adapters: dict[str, str] = {}
@@ -96,28 +115,59 @@ def render(result: dict[str, Any]) -> str:
         f" · {result['unchanged_share']:.1%} are still the base's ({plain(str(result['dtype']))})"
     )
     if not result["ok"]:
-        lines += ["", "findings"]
-        for finding in result["findings"]:
-            detail = f" {_short(plain(finding['detail']))}" if finding["detail"] else ""
-            lines.append(f"  {finding['code']}{detail}")
-            if finding["message"] != result["message"]:
-                lines.append(f"      {plain(finding['message'])}")
-        lines += _worst(result["per_module"])
+        lines += _findings(result) + _worst(result["per_module"])
     lines += [f"note: {plain(warning)}" for warning in result["warnings"]]
     lines += _loss(result)
     return "\n".join(lines)
 
 
-def _weights_table(result: dict[str, Any]) -> str:
+def render_gguf(result: dict[str, Any]) -> str:
+    """The verdict on a GGUF: the sentence, weights with their standard error, types, findings."""
+    mark = "✓" if result["ok"] else "?" if result["exit_code"] == 4 else "✗"
+    lines = [f"{mark} {plain(str(result['message']))}", ""]
+    form = result["format"]
+    if result["effective_weights"]:
+        lines += [_weights_table(result, result["standard_error"]), ""]
+        lines.append(
+            f"residual {_number(result['residual'])}, where the format leaves {_number(result['rounding_floor'])}"
+        )
+    types = ", ".join(f"{count} {plain(str(kind))}" for kind, count in form["types"].items())
+    lines.append(
+        f"tensors: {types} · {result['elements_differing']:,} of {result['elements_checked']:,} elements beyond "
+        "their bound"
+    )
+    if form["reproduced_share"] is not None:
+        lines.append(
+            f"{form['reproduced_share']:.2%} of {form['blocks_compared']:,} blocks are what llama.cpp makes of the "
+            f"asked values · {form['clipped_share'] or 0:.3%} of the elements lie outside of their block's range"
+        )
+    if not result["ok"]:
+        lines += _findings(result) + _worst(result["per_module"])
+    return "\n".join([*lines, *(f"note: {plain(warning)}" for warning in result["warnings"])])
+
+
+def _findings(result: dict[str, Any]) -> list[str]:
+    lines = ["", "findings"]
+    for finding in result["findings"]:
+        detail = f" {_short(plain(finding['detail']))}" if finding["detail"] else ""
+        lines.append(f"  {finding['code']}{detail}")
+        if finding["message"] != result["message"]:
+            lines.append(f"      {plain(finding['message'])}")
+    return lines
+
+
+def _weights_table(result: dict[str, Any], errors: dict[str, float | None] | None = None) -> str:
     expected, found = result["expected_weights"] or {}, result["effective_weights"] or {}
     asked, guessed = result["asked"] or {}, result.get("guessed_weights") or {}
     rows = []
     for label in found:
         first = asked.get(label, guessed.get(label))
-        rows.append(
-            [label, "" if first is None else f"{first:g}", f"{expected[label]:.4f}", f"{found[label]:.4f}"]
-        )
-    return table(["adapter", "asked" if asked else "likely", "expected", "found"], rows)
+        row = [label, "" if first is None else f"{first:g}", f"{expected[label]:.4f}", f"{found[label]:.4f}"]
+        if errors is not None:
+            row.append("unknown" if errors[label] is None else f"{errors[label]:.4f}")
+        rows.append(row)
+    headers = ["adapter", "asked" if asked else "likely", "expected", "found"]
+    return table([*headers, "±"] if errors is not None else headers, rows)
 
 
 def _worst(modules: list[dict[str, Any]]) -> list[str]:
@@ -169,7 +219,10 @@ def render_manifest(result: dict[str, Any]) -> str:
         ("changed", "changed"),
         ("missing", "missing"),
         ("extra", "not in the manifest"),
+        ("inputs_changed", "input changed"),
         ("inputs_missing", "input no longer there"),
+        ("unreadable", "cannot be read"),
+        ("links", "lies outside the folder (followed)"),
     ):
         lines += [f"  {words}: {plain(str(Path(name)))}" for name in result.get(key, [])]
     return "\n".join(lines)

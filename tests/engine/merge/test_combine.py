@@ -14,7 +14,7 @@ from engine.errors import BadAdapterError, BadRecipeError, TargetExistsError
 from engine.jobs.events import EventWriter
 from engine.merge import combine as room
 from engine.merge.combine import Part, combine
-from engine.merge.manifest import check_manifest
+from engine.merge.manifest_check import check_manifest
 from engine.weights import Adapter, Checkpoint
 
 Dense = dict[str, np.ndarray]

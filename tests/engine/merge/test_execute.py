@@ -30,7 +30,7 @@ from engine.errors import (
 from engine.jobs import EventWriter
 from engine.merge import execute, stream
 from engine.merge.job import run_merge, run_plan, run_verify
-from engine.merge.manifest import check_manifest
+from engine.merge.manifest_check import check_manifest
 from engine.weights import Adapter, Checkpoint
 from tests.conftest import MakeAdapter, build_model
 from tests.engine.merge.references import assert_is_merge
