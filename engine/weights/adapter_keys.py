@@ -40,7 +40,7 @@ _OTHER_METHODS = (
     (re.compile(r"\.hada_w"), "LoHa"),
     (re.compile(r"\.lokr_w"), "LoKr"),
     (re.compile(r"\.oft_[rRsS]\b|\.boft_"), "OFT"),
-    (re.compile(r"vera_(?:lambda|A|B)\b"), "VeRA"),
+    (re.compile(r"vera_lambda|vera_[AB]\b"), "VeRA"),
     (re.compile(r"\.lora_diag\b"), "KaSA"),
     (re.compile(r"\.ia3_l\b"), "IA3"),
     (re.compile(r"\.lora_(?:up|down)\."), "kohya's LoRA layout"),
