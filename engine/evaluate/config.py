@@ -112,6 +112,13 @@ def load_config(path: Path, workspace: Path | None = None, mode: str = "sweep") 
         BadRecipeError: not readable, not YAML, a key that is unknown, missing, doubled or of the wrong kind,
             a path that does not exist; the message starts with the file and names the key.
     """
+    raw = read_yaml(path)
+    roots = [root for root in (workspace, path.parent.absolute()) if root is not None]
+    return parse_config(raw, str(path), roots, mode)
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain values of a YAML file. Raises BadRecipeError: not readable, not YAML, a key that stands twice."""
     import yaml
 
     class UniqueKeys(yaml.SafeLoader):
@@ -131,11 +138,9 @@ def load_config(path: Path, workspace: Path | None = None, mode: str = "sweep") 
     except (OSError, UnicodeDecodeError) as error:
         raise BadRecipeError(f"cannot read the config {path}: {error}") from error
     try:
-        raw = yaml.load(text, Loader=UniqueKeys)  # a SafeLoader
+        return yaml.load(text, Loader=UniqueKeys)  # a SafeLoader
     except yaml.YAMLError as error:
         raise BadRecipeError(f"{path} is not valid YAML: {error}") from error
-    roots = [root for root in (workspace, path.parent.absolute()) if root is not None]
-    return parse_config(raw, str(path), roots, mode)
 
 
 def parse_config(

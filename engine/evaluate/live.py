@@ -21,6 +21,8 @@ from engine.errors import BadInputError, BadModelError, BadRecipeError
 from engine.weights import Adapter, Checkpoint, LoraFactor
 from engine.weights.tensorfile import TensorInfo, read_bytes, read_rows
 
+Weight = float | Mapping[str, float]  # one number, or {base tensor name: number}
+
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -59,7 +61,7 @@ class LiveModel:
         self.model = _load(base, getattr(torch, dtype)).to(self.device, getattr(torch, self.compute))
         self.tokenizer = _tokenizer(base)
         self._places = self._find_places()
-        self.weights: dict[str, float] = {}
+        self.weights: dict[str, Weight] = {}
 
     def _find_places(self) -> dict[str, torch.nn.Parameter]:
         """The parameter of every base tensor some adapter changes."""
@@ -87,25 +89,42 @@ class LiveModel:
         return places
 
     @torch.inference_mode()
-    def set_weights(self, weights: Mapping[str, float]) -> None:
+    def set_weights(self, weights: Mapping[str, Weight]) -> None:
         """Write the mixture; labels that are left out count as 0, and all zero restores the base's bits.
 
-        Raises BadRecipeError for a label that is no adapter here.
+        A weight is one number, or a number for every tensor the adapter changes (layer-wise mixtures).
+
+        Raises BadRecipeError for a label that is no adapter here, or tensors that are not just the adapter's own.
         """
         unknown = sorted(set(weights) - set(self.adapters))
         if unknown:
             raise BadRecipeError(
                 f"no adapter is labelled {unknown[0]!r}", f"known: {', '.join(self.adapters)}"
             )
-        whole = {label: float(weights.get(label, 0.0)) for label in self.adapters}
+        whole = {label: self._by_tensor(label, weights.get(label, 0.0)) for label in self.adapters}
         self.weights = {}  # an interruption leaves a mixture that is neither
         for name, parameter in self._places.items():
             terms = [
-                (a, self._factors[k][name]) for k, a in whole.items() if a != 0 and name in self._factors[k]
+                (by_tensor[name], self._factors[label][name])
+                for label, by_tensor in whole.items()
+                if by_tensor.get(name, 0.0) != 0
             ]
             mixed = mixed_tensor(self.base.tensors[name], terms, getattr(torch, self.dtype), self.device)
             parameter.copy_(mixed.view(parameter.shape))
-        self.weights = whole
+        self.weights = {
+            label: dict(weight) if isinstance(weight := weights.get(label, 0.0), Mapping) else float(weight)
+            for label in self.adapters
+        }
+
+    def _by_tensor(self, label: str, weight: Weight) -> dict[str, float]:
+        names = self._factors[label].keys()
+        if not isinstance(weight, Mapping):
+            return dict.fromkeys(names, float(weight))
+        odd = sorted(names ^ weight.keys())
+        if odd:
+            what = "changes no" if odd[0] in weight else "has no weight for"
+            raise BadRecipeError(f"adapter {label} {what} {odd[0]}", "give each of its tensors a weight")
+        return {name: float(value) for name, value in weight.items()}
 
 
 def mixed_tensor(
