@@ -144,3 +144,39 @@ def test_bf16_is_computed_wide_where_the_cpu_lacks_it(tmp_path):
     assert pick_compute("model", "bfloat16", torch.device("cpu")) == "bfloat16"
     assert pick_compute("auto", "bfloat16", torch.device("cuda")) == "bfloat16"
     assert pick_compute("auto", "float32", torch.device("cpu")) == "float32"
+
+
+def test_layer_wise_weights_are_the_rounded_float64_sum(tiny_llama, make_adapter):
+    """A number per tensor: every element within the verifier's bound of the float64 sum."""
+    pt, sft = make_adapter(tiny_llama, seed=1), make_adapter(tiny_llama, seed=2, rank=4)
+    live = open_live(tiny_llama, "bfloat16", pt=pt, sft=sft)
+    rng = np.random.default_rng(0)
+    names = sorted(live._places)
+    weights = {
+        label: {n: float(rng.choice([0.0, -0.5, 0.25, 1.5])) for n in names} for label in ("pt", "sft")
+    }
+    live.set_weights(weights)
+    assert live.weights == weights
+    base, factors = tensors_of(tiny_llama), {"pt": tensors_of(pt), "sft": tensors_of(sft)}
+    state = live.model.state_dict()
+    for name, w in base.items():
+        exact, slack = w.copy(), np.abs(w)
+        for label in ("pt", "sft"):
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{key}.lora_A.weight" in factors[label]:
+                a, b = factors[label][f"{key}.lora_A.weight"], factors[label][f"{key}.lora_B.weight"]
+                exact += weights[label][name] * 2.0 * b @ a
+                slack += abs(weights[label][name]) * 2.0 * np.abs(b) @ np.abs(a)
+        e = 20 * 2.0**-24 * slack
+        found = state[name].to(torch.float64).numpy()
+        low, high = round_to(exact - e, torch.bfloat16), round_to(exact + e, torch.bfloat16)
+        assert ((low <= found) & (found <= high)).all(), name
+    live.set_weights({"pt": 0.3, "sft": dict.fromkeys(names, 0.7)})
+    mixed = {name: value.clone() for name, value in live.model.state_dict().items()}
+    live.set_weights({"pt": 0.3, "sft": 0.7})
+    for name, value in live.model.state_dict().items():
+        assert torch.equal(value, mixed[name]), name
+    with pytest.raises(BadRecipeError, match=r"has no weight for"):
+        live.set_weights({"pt": {names[0]: 1.0}})
+    with pytest.raises(BadRecipeError, match="changes no nothing"):
+        live.set_weights({"pt": {**weights["pt"], "nothing": 1.0}})
