@@ -229,6 +229,8 @@ class _Reader:
             rows = np.full(held.rows, -1, dtype=np.int64)
             rows[wanted] = np.arange(len(wanted))
             yield Whole(self.label, tensor, stored, rows)
+            if is_embedding(tensor) and self.base.tied and "lm_head.weight" not in self.base.tensors:
+                yield Whole(self.label, "lm_head.weight", stored, rows)  # PEFT ties the rows as well
 
 
 def _pair(kind: str) -> tuple[str, str]:

@@ -123,7 +123,7 @@ def measure(
     """
     asked = np.asarray(weights, dtype=np.float64)
     factors = Factors.load(deltas, asked)
-    stats = TensorStats(base.name, tuple(deltas), asked, merged.dtype, elements=base.elements)
+    stats = TensorStats(merged.name, tuple(deltas), asked, merged.dtype, elements=base.elements)
     left64, right64 = factors.left.astype(np.float64), factors.right.astype(np.float64)
     by_rank = FactorSums(tuple(deltas), left64.T @ left64, right64 @ right64.T)
     step = max(1, BLOCK_ELEMENTS // max(1, base.columns))

@@ -28,7 +28,7 @@ class Sizes:
         self.elements = int(self.counts[0].sum()) if count else 0
 
     def thresholds(self, densities: Sequence[float]) -> list[float]:
-        """For each delta the int(density n)-th largest |d|: 0 at density 1 (all stay), infinity when none do."""
+        """For each delta the max(1, int(density n))-th largest |d|: 0 at density 1 (all stay), infinity when none do."""
         bins = [self._bin(k, density) for k, density in enumerate(densities)]
         low = np.zeros((len(bins), 1 << 16), dtype=np.int64)
         if any(found is not None for found in bins):
@@ -51,7 +51,7 @@ class Sizes:
         ]
 
     def _bin(self, k: int, density: float) -> tuple[int, int] | None:
-        keep = int(density * self.elements)
+        keep = max(1, int(density * self.elements)) if density > 0 else 0
         return None if density >= 1 or keep == 0 else _at_rank(self.counts[k], keep)
 
 
