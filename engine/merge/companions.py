@@ -7,11 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from engine.merge.plan import Plan
+from engine.merge.plan import Plan, longer
 from engine.merge.recipe import DTYPES
 from engine.merge.vocabulary import is_table
 from engine.weights import Checkpoint
-from engine.weights.changes import Replacement
 from engine.weights.checkpoint import COMPANIONS, INDEX
 
 _TOKENIZER = tuple(
@@ -44,12 +43,10 @@ def new_tokenizer(plan: Plan) -> Path | None:
     """The folder of the adapter whose longer tables are in the merge and that has a tokenizer; else None."""
     for tensor in plan.changed:
         for part in tensor.parts:
-            change = part.change
             if (
-                isinstance(change, Replacement)
-                and part.rows is None
+                part.rows is None
                 and is_table(tensor.target.name)
-                and change.shape[0] == tensor.target.shape[0] != tensor.source.shape[0]
+                and longer(part.change) == tensor.target.shape[0] != tensor.source.shape[0]
                 and part.label in plan.adapters
                 and (plan.adapters[part.label].folder / "tokenizer.json").is_file()
             ):

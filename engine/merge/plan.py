@@ -19,7 +19,7 @@ from engine.merge.recipe import DTYPES, TRIMS, Entry, Recipe
 from engine.merge.selectors import DEFAULT, Spec, layer_count, level_at, matches, resolve
 from engine.merge.vocabulary import Rows, is_table
 from engine.weights import Adapter, Checkpoint, LoraFactor, TensorFile, TensorInfo
-from engine.weights.changes import Change, Dora, Replacement
+from engine.weights.changes import Change, Dora, Replacement, Sum
 from engine.weights.tensorfile import ITEM_SIZE, encode_header
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
@@ -374,12 +374,15 @@ class Layout:
 
     def _shape(self, name: str, source: TensorInfo) -> tuple[int, ...]:
         """The source's shape, with the new tokens of adapters that save a longer table."""
-        rows = [
-            part.change.shape[0]
-            for part in self.parts.get(name, ())
-            if isinstance(part.change, Replacement) and is_table(name) and part.rows is None
-        ]
+        parts = [part for part in self.parts.get(name, ()) if part.rows is None]
+        rows = [longer(part.change) for part in parts] if is_table(name) else []
         return (max([source.shape[0], *rows]), *source.shape[1:]) if rows else source.shape
+
+
+def longer(change: Change | None) -> int:
+    """How many rows a change has of a table saved whole, which may be more than the base has; 0 for others."""
+    saved = change.parts if isinstance(change, Sum) else (change,)
+    return max((part.shape[0] for part in saved if isinstance(part, Replacement) and part.shape), default=0)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -29,9 +29,8 @@ from engine.merge.files import OpenFiles, read_all, write_all
 from engine.merge.finite import LIMIT, look_closer, refuse_nan
 from engine.merge.journal import FileHashes, Journal
 from engine.merge.kernel import kernel
-from engine.merge.plan import Plan, ShardPlan, TensorPlan
+from engine.merge.plan import Plan, ShardPlan, TensorPlan, longer
 from engine.merge.work import Block, Buffers, Work
-from engine.weights.changes import Replacement
 from engine.weights.tensorfile import ITEM_SIZE, file_sha256
 
 BLOCK_ELEMENTS = 1 << 17  # 256 KiB of bf16 in and out: stays in the second-level cache
@@ -408,7 +407,7 @@ def blocks_of(tensor: TensorPlan) -> Iterator[Block]:
         return
     rows = tensor.target.rows
     edges = {0, rows, source.rows}
-    edges |= {longer for part in tensor.parts if (longer := _length(part.change)) > source.rows}
+    edges |= {longer(part.change) for part in tensor.parts if longer(part.change) > source.rows}
     if len(source.shape) == 3:
         edges |= set(range(0, rows, source.shape[1]))
     ordered = sorted(edge for edge in edges if edge <= rows)
@@ -417,8 +416,3 @@ def blocks_of(tensor: TensorPlan) -> Iterator[Block]:
         for first in range(begin, end, step):
             yield Block(number, first, min(step, end - first), source.columns)
             number += 1
-
-
-def _length(change: object) -> int:
-    """Rows of a table saved whole, 0 for other changes."""
-    return change.shape[0] if isinstance(change, Replacement) and change.shape else 0

@@ -91,12 +91,20 @@ class Loaded:
         self.column_norms = norms.astype(np.float32)
 
     def new_rows(self, block: Block) -> Float32:
-        """Rows of a longer table that the reference does not have, flat float32."""
-        assert isinstance(self.part.change, Replacement)
-        info = self.part.change.values
-        raw = np.empty(block.elements * ITEM_SIZE[info.dtype], np.uint8)
-        self.files.read(info, block.first * block.columns * ITEM_SIZE[info.dtype], raw)
-        return widen(raw, info.dtype, block.elements)
+        """Rows of a longer table that the reference does not have, flat float32: there it counts as 0."""
+        out = np.empty(block.elements, np.float32)
+        match self.part.change:
+            case Replacement(values=info):
+                raw = np.empty(block.elements * ITEM_SIZE[info.dtype], np.uint8)
+                self.files.read(info, block.first * block.columns * ITEM_SIZE[info.dtype], raw)
+                return widen(raw, info.dtype, block.elements)
+            case Sum():
+                out[:] = sum((part.new_rows(block) for part in self.inner), np.float32(0))
+            case LoraFactor():
+                self._low_rank(block, out)
+            case _:
+                out[:] = 0.0
+        return out
 
     def _low_rank(self, block: Block, out: Float32) -> None:
         rows = self.packed[0].left.shape[0]

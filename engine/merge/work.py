@@ -23,10 +23,10 @@ import numpy as np
 from engine.merge.files import OpenFiles
 from engine.merge.kernel import kernel
 from engine.merge.kernel.plain import HIGH_BINS, LOW_BINS, SCRATCH, Buffer, Float32, Float64, Int64, Packed
-from engine.merge.plan import Part, TensorPlan
+from engine.merge.plan import Part, TensorPlan, longer
 from engine.merge.recipe import Recipe
 from engine.merge.terms import Loaded, load, stack
-from engine.weights.changes import Dora, Replacement
+from engine.weights.changes import Dora
 
 PARALLEL = 0.9995  # |cosine| above which slerp is a straight line, as in mergekit and in Shoemake's own text
 
@@ -187,8 +187,7 @@ class Work:
         """Rows the reference does not have: the weighted mean of the entries that have them."""
         total, by = np.zeros(block.elements, np.float32), 0.0
         for loaded in self._parts:
-            change = loaded.part.change
-            if isinstance(change, Replacement) and change.shape[0] >= block.first + block.rows:
+            if longer(loaded.part.change) >= block.first + block.rows:
                 total += np.float32(loaded.part.weight) * loaded.new_rows(block)
                 by += loaded.part.weight
         total /= np.float32(by if abs(by) >= 1e-8 else 1.0)

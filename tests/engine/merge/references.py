@@ -157,9 +157,9 @@ def slerp(p: Array, q: Array, t: float, error: Array | float = 0.0) -> Exact:
 
 
 def trim(delta: Array, density: float) -> tuple[Array, float]:
-    """Which elements TIES keeps, and the threshold: the int(density * n) largest in size, ties all kept."""
+    """Which elements TIES keeps, and the threshold: the max(1, int(density * n)) largest in size, ties all kept."""
     sizes = np.abs(delta.astype(np.float32))
-    keep = int(density * delta.size)
+    keep = max(1, int(density * delta.size)) if density > 0 else 0
     if density >= 1:
         return np.ones(delta.shape, bool), 0.0
     if keep == 0:
