@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from engine import __version__
 from engine.atomic import JOURNAL, fsync_path
@@ -52,10 +55,12 @@ def fingerprint(
         document: the recipe with absolute paths (`Recipe.to_dict()`).
         inputs: every file the merge reads: shards, adapters, configs. Each counts by path, size, modification
             time in ns and, for safetensors, the bytes of its header.
-        program: what else decides the bits, e.g. {"kernel": "c-avx2"}; the program's version always counts.
+        program: what else decides the bits, e.g. {"kernel": "compiled, AVX2"}; the versions of this program and
+            of numpy and the kind of machine always count.
     """
     digest = hashlib.sha256()
-    said = {"version": __version__, "recipe": document, "program": dict(program or {})}
+    made_by = {"version": __version__, "numpy": np.__version__, "machine": platform.machine()}
+    said = {"recipe": document, "program": {**made_by, **(program or {})}}
     digest.update(json.dumps(said, sort_keys=True).encode())
     for path in sorted(set(inputs)):
         found = path.stat()
