@@ -119,7 +119,12 @@ def test_adapters_and_data_are_kept_when_whole(tmp_path: Path) -> None:
     with pytest.raises(BadAdapterError, match=r"adapter_config\.json is not the one"):
         job.copy_adapter(source, target, events)
     found = job.copy_data(tmp_path, events)
-    assert set(found) == {path.stem for path in DATA.glob("*.jsonl")} | {"demo-pt", "demo-sft", "demo-sweep"}
+    assert set(found) == {path.stem for path in DATA.glob("*.jsonl")} | {
+        "demo-pt",
+        "demo-sft",
+        "demo-sweep",
+        "demo-search",
+    }
     (tmp_path / "safety.jsonl").write_text("mine\n")
     job.copy_data(tmp_path, events)
     assert (tmp_path / "safety.jsonl").read_text() == "mine\n"
