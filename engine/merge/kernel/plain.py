@@ -16,6 +16,7 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 Buffer = npt.NDArray[np.uint8]
 
+LARGEST = {"BF16": 3.3895313892515355e38, "F16": 65504.0, "F32": 3.4028234663852886e38}
 SCRATCH = 6 * 1024  # floats `linear` needs for itself
 HIGH_BINS = 1 << 16  # bins of the upper 16 of a magnitude's 31 bits
 LOW_BINS = 1 << 15

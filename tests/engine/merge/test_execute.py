@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from engine.errors import (
     TargetExistsError,
 )
 from engine.jobs import EventWriter
-from engine.merge import execute, stream
+from engine.merge import execute, work
 from engine.merge.job import run_merge, run_plan, run_verify
 from engine.merge.manifest_check import check_manifest
 from engine.weights import Adapter, Checkpoint
@@ -148,22 +149,6 @@ def test_adapter_of_another_base_names_tensor_and_shapes(
     wider = build_model("llama", tmp_path / "wider", hidden_size=96)
     with pytest.raises(BadAdapterError, match=r"down_proj.*\[96, 160\].*\[64, 160\]"):
         run(recipe(tiny_llama, make_adapter(wider), tmp_path / "m"))
-
-
-def test_tied_embeddings_are_refused_by_name(
-    tiny_qwen3: Path, make_adapter: MakeAdapter, tmp_path: Path
-) -> None:
-    adapter = make_adapter(tiny_qwen3, target_modules=["q_proj"])
-    from safetensors.numpy import load_file, save_file
-
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    prefix = "base_model.model.model.embed_tokens"
-    tensors[f"{prefix}.lora_A.weight"] = np.ones((8, 64), np.float32)
-    tensors[f"{prefix}.lora_B.weight"] = np.ones((384, 8), np.float32)
-    save_file(tensors, path)
-    with pytest.raises(BadAdapterError, match=r"model\.embed_tokens\.weight.*ties its embeddings"):
-        run(recipe(tiny_qwen3, adapter, tmp_path / "m"))
 
 
 def test_overflow_in_float16_names_the_tensor(tiny_llama: Path, pt: Path, tmp_path: Path) -> None:
@@ -349,13 +334,12 @@ def test_weights_by_tensor_are_verified(tiny_llama: Path, pt: Path, tmp_path: Pa
 def test_a_wrong_merge_is_rejected_and_kept_aside(
     tiny_llama: Path, pt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = stream.stack_factors
+    right = work.stack
 
-    def twice(tensor: Any) -> Any:
-        left, other = right(tensor)
-        return left * np.float32(2), other
+    def twice(parts: Any, tensor: Any) -> Any:
+        return [replace(packed, left=packed.left * np.float32(2)) for packed in right(parts, tensor)]
 
-    monkeypatch.setattr(stream, "stack_factors", twice)
+    monkeypatch.setattr(work, "stack", twice)
     for name in ("m.rejected", "m.rejected-2"):
         result = run(recipe(tiny_llama, pt, tmp_path / "m"), verify=True)
         assert result["exit_code"] == 1 and result["out"] == str(tmp_path / name)
