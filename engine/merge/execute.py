@@ -18,7 +18,7 @@ from engine.merge.companions import copy_companions
 from engine.merge.journal import Journal, fingerprint
 from engine.merge.kernel import kernel
 from engine.merge.plan import Plan, make_plan, refuse_broken_adapters
-from engine.merge.recipe import Recipe
+from engine.merge.recipe import LINEAR, Recipe
 from engine.merge.stream import stream_merge
 
 REPORT = "verification.json"
@@ -45,8 +45,9 @@ def merge(
     """
     if recipe.kind == "adapter":
         return _merge_adapters(recipe, events, verify)
-    if recipe.gguf:
-        raise BadRecipeError("output.gguf", "merge first, then: medmerge gguf MERGE --type TYPE")
+    if recipe.kind == "gguf":
+        return _only_ggufs(recipe, events, verify, threads)
+    ggufs = gguf_files(recipe)
     started = time.monotonic()
     refuse_existing(recipe.output)
     plan = make_plan(recipe)
@@ -71,14 +72,86 @@ def merge(
         write_json(partial / manifests.NAME, record)
         if verdict is not None and verdict["exit_code"] == 1:
             out = reject(partial, recipe.output)
+    exit_code = verdict["exit_code"] if verdict else 0
+    written: list[dict[str, Any]] = []
+    if ggufs and exit_code != 1:
+        written = _write_ggufs(out, ggufs, events, verify, threads)
+        exit_code = worst([exit_code, *(file["exit_code"] for file in written)])
     return {
         "out": str(out),
+        "ggufs": written,
         "seconds": round(time.monotonic() - started, 3),
         "bytes_written": plan.bytes_written,
         "resumed_bytes": streamed.resumed_bytes,
         "manifest": record,
         "verdict": verdict,
-        "exit_code": verdict["exit_code"] if verdict else 0,
+        "exit_code": exit_code,
+    }
+
+
+def worst(codes: list[int]) -> int:
+    """One exit code for several checks: a no (1) outweighs a doubt (4), which outweighs a yes (0)."""
+    return 1 if 1 in codes else 4 if 4 in codes else 0
+
+
+def gguf_files(recipe: Recipe) -> dict[str, Path]:
+    """Where the recipe's GGUFs go, by type. Raises before anything is done when one is there or means nothing."""
+    if not recipe.gguf:
+        return {}
+    from engine.gguf.outputs import gguf_paths
+
+    files = gguf_paths(recipe.output, recipe.gguf, alone=recipe.kind == "gguf")
+    for path in files.values():
+        refuse_existing(path)
+    return files
+
+
+def _write_ggufs(
+    source: Any, files: dict[str, Path], events: EventWriter, verify: bool, threads: int | None
+) -> list[dict[str, Any]]:
+    from engine.gguf.outputs import write_ggufs
+
+    made = write_ggufs(source, files, events, verify=verify, threads=threads)
+    return [file.to_json() for file in made]
+
+
+def _only_ggufs(recipe: Recipe, events: EventWriter, verify: bool, threads: int | None) -> dict[str, Any]:
+    """GGUF straight from base and adapters, without a checkpoint on the way (output.kind gguf)."""
+    from engine.gguf.mixture import Mixture
+
+    started = time.monotonic()
+    if recipe.models or recipe.method not in LINEAR:
+        raise BadRecipeError(
+            f"output.kind gguf goes straight from a base and adapters, which {recipe.method} of "
+            f"{'models' if recipe.models else 'adapters'} does not allow",
+            "leave output.kind out: the checkpoint is merged and verified, and its GGUFs are made from it",
+        )
+    files = gguf_files(recipe)
+    plan = make_plan(recipe)
+    refuse_broken_adapters(plan)
+    for warning in plan.warnings:
+        events.warning(warning)
+    assert recipe.base is not None
+    paths = {entry.label: entry.path for entry in recipe.entries}
+    mixture = Mixture(recipe.base, paths, _plain(plan.counted), plan.asked)
+    written = _write_ggufs(mixture, files, events, verify, threads)
+    return {
+        "out": written[0]["out"],
+        "ggufs": written,
+        "seconds": round(time.monotonic() - started, 3),
+        "bytes_written": sum(file["bytes"] for file in written),
+        "resumed_bytes": 0,
+        "manifest": None,
+        "verdict": written[0]["verdict"],
+        "exit_code": worst([file["exit_code"] for file in written]),
+    }
+
+
+def _plain(weights: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """A number for labels whose tensors all have the same weight."""
+    return {
+        label: next(iter(own.values())) if len(set(own.values())) == 1 else own
+        for label, own in weights.items()
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from engine.jobs import JobSpec
@@ -48,24 +49,99 @@ def render(result: dict[str, Any]) -> str:
     ]
     if result["seconds"] is not None:
         lines.append(f"  takes    about {duration(result['seconds'])}, and verification after it")
+    listed = result["recipe"].get("adapters") or result["recipe"]["models"]
+    lost, expected = result["rounding_loss"] or {}, result["expected_weights"] or {}
     rows = []
-    for label, adapter in result["adapters"].items():
-        asked = result["recipe"]["adapters"][label]["weight"]
-        expected = result["expected_weights"][label]
+    for label, own in (result["adapters"] | result["models"]).items():
+        asked = listed[label]["weight"]
+        found = expected.get(label)
         rows.append(
             [
                 label,
-                "by tensor" if isinstance(asked, dict) else f"{asked:g}",
-                "-" if expected is None else f"{expected:.4f}",
-                f"{100 * result['rounding_loss'][label]:.1f}%",
-                str(adapter["rank"]),
-                str(adapter["tensors"]),
+                f"{asked:g}" if isinstance(asked, int | float) else "by tensor",
+                "-" if found is None else f"{found:.4f}",
+                f"{100 * lost[label]:.1f}%" if label in lost else "-",
+                str(own.get("rank", "-")),
+                str(own["tensors"]),
             ]
         )
-    headers = ["adapter", "asked", "expected", "lost to rounding", "rank", "tensors"]
-    lines += ["", table(headers, rows)]
-    for label, adapter in result["adapters"].items():
-        if list(adapter["selectors"]) != ["default"]:
-            lines.append(f"  {label}: " + ", ".join(f"{s} ({n})" for s, n in adapter["selectors"].items()))
-    lines.append(f"{100 * result['unchanged_share']:.0f}% of the changed tensors' elements keep their value")
+    kind = "adapter" if result["adapters"] else "model"
+    lines += ["", table([kind, "asked", "expected", "lost to rounding", "rank", "tensors"], rows)]
+    if resolved := by_tensor(result):
+        lines += ["", resolved]
+    if result["unchanged_share"] is not None:
+        lines.append(
+            f"{100 * result['unchanged_share']:.0f}% of the changed tensors' elements keep their value"
+        )
     return "\n".join(lines)
+
+
+def by_tensor(result: dict[str, Any]) -> str:
+    """Layers against module kinds, where a number differs from tensor to tensor; empty where none does."""
+    labels = list(result["adapters"] | result["models"])
+    several = [key for key in ("weight", "density", "t") if _differs(result["tensors"], key, labels)]
+    if not several:
+        return ""
+    by_layer: dict[str, dict[tuple[str, ...], list[str]]] = {}  # layer -> numbers -> modules
+    everything: dict[str, set[str]] = {}  # "self_attn" -> its modules, over all layers
+    for tensor in result["tensors"]:
+        layer = re.search(r"\.(\d+)\.", tensor["name"])
+        name = tensor["name"].removesuffix(".weight")
+        module = name[layer.end() :] if layer else name
+        everything.setdefault(module.partition(".")[0], set()).add(module)
+        own = by_layer.setdefault(layer[1] if layer else "", {})
+        own.setdefault(tuple(_numbers(tensor, several, labels)), []).append(module)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for number, groups in by_layer.items():
+        for numbers, modules in groups.items():
+            rows.setdefault((_together(modules, everything), *numbers), []).append(number)
+    headers = [
+        "layers",
+        "tensors",
+        *(f"{key} {label}".strip() for key in several for label in _columns(key, labels)),
+    ]
+    return table(headers, [[spans(numbers), *key] for key, numbers in rows.items()])
+
+
+def _together(modules: list[str], everything: dict[str, set[str]]) -> str:
+    """Module names in short: `self_attn.*` where all of them are there."""
+    found = []
+    for first in dict.fromkeys(module.partition(".")[0] for module in modules):
+        own = [module for module in modules if module.partition(".")[0] == first]
+        found += [f"{first}.*"] if len(own) > 1 and set(own) == everything[first] else own
+    return ", ".join(found)
+
+
+def _columns(key: str, labels: list[str]) -> list[str]:
+    return [""] if key == "t" else labels
+
+
+def _numbers(tensor: dict[str, Any], keys: list[str], labels: list[str]) -> list[str]:
+    found = []
+    for key in keys:
+        values = (
+            [tensor.get("t")] if key == "t" else [tensor["parts"].get(label, {}).get(key) for label in labels]
+        )
+        found += ["-" if value is None else f"{value:.4g}" for value in values]
+    return found
+
+
+def _differs(tensors: list[dict[str, Any]], key: str, labels: list[str]) -> bool:
+    """Whether an entry's number is not the same everywhere (entries that leave a tensor alone do not count)."""
+    if key == "t":
+        return len({tensor["t"] for tensor in tensors if "t" in tensor}) > 1
+    return any(
+        len({tensor["parts"][label].get(key) for tensor in tensors if label in tensor["parts"]}) > 1
+        for label in labels
+    )
+
+
+def spans(numbers: list[str]) -> str:
+    """Layer numbers as ranges: 0-3, 6."""
+    found: list[list[int]] = []
+    for number in sorted(int(text) for text in numbers if text):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
