@@ -63,7 +63,7 @@ class Pair:
     bias: TensorInfo | None = None  # lora_bias
 
     def whole(self) -> tuple[TensorInfo, TensorInfo]:
-        """A and B. Raises BadAdapterError when one is missing or they do not multiply."""
+        """A and B. Raises BadAdapterError when one is missing, they do not multiply, or what is beside does not fit."""
         one = self.a or self.b or self.magnitude or self.bias
         if self.a is None or self.b is None:
             had = "lora_A" if self.a else "lora_B" if self.b else "lora_magnitude_vector or lora_B.bias"
@@ -77,6 +77,12 @@ class Pair:
                     "an empty one was saved from DeepSpeed ZeRO-3 or FSDP without gathering: save it again"
                     if 0 in info.shape
                     else "",
+                )
+        for extra in (self.magnitude, self.bias):
+            if extra is not None and (not extra.is_float or extra.elements != self.b.shape[0]):
+                raise BadAdapterError(
+                    f"{extra.file}: {extra.name} is {extra.dtype} {list(extra.shape)}, and {self.module} has "
+                    f"{self.b.shape[0]} outputs"
                 )
         if self.a.shape[0] != self.b.shape[1]:
             raise BadAdapterError(

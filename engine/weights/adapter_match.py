@@ -86,15 +86,7 @@ def _low_rank(here: Fit, factors: dict[str, LoraFactor]) -> Iterator[LoraFactor 
         if not pair.embedding:
             change = replace(change, transposed=is_conv1d(here.base, module))
         _check_shape(here, change.module, change.a, change.shape, name)
-        if pair.magnitude is None:
-            yield change
-            continue
-        if pair.magnitude.elements != change.b.shape[0]:
-            raise BadAdapterError(
-                f"{pair.magnitude.file}: {pair.magnitude.name} has {pair.magnitude.elements} magnitudes, and "
-                f"{module} has {change.b.shape[0]} outputs"
-            )
-        yield Dora(change, pair.magnitude)
+        yield change if pair.magnitude is None else Dora(change, pair.magnitude)
 
 
 def _expert_pairs(parts: Parts, factors: dict[str, LoraFactor]) -> list[Pair]:
