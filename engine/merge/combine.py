@@ -2,8 +2,8 @@
 
 Exact, by stacking ranks (module by module R = sum of ranks, the weights and scales in B, alpha = R so that the
 adapter's own scale is 1), or cut to a given rank by an SVD whose error is known exactly (engine/merge/lowrank.py).
-Only plain low-rank changes can be summed like this; an adapter with DoRA, biases or saved modules is refused by
-name. The base is read by header only.
+Only low-rank changes of linear layers (Conv1D, too) and embeddings can be summed like this; an adapter with DoRA,
+biases, saved modules or fused experts is refused by name. The base is read by header only.
 
 Everything is written into `OUT.partial`, read back and checked (engine/merge/combine_check.py), and only then
 called OUT; what fails is kept as `OUT.rejected`.
@@ -58,11 +58,14 @@ class Module:
     name: str
     terms: tuple[tuple[str, float, LoraFactor], ...]  # (label, weight, factor), weights not 0
     rank: int
+    embedding: bool = False
 
     @property
     def keys(self) -> tuple[str, str]:
         """Names of A and B in the file, as PEFT writes them."""
-        return tuple(f"base_model.model.{self.name}.lora_{half}.weight" for half in "AB")  # type: ignore[return-value]
+        start, end = f"base_model.model.{self.name}.lora_", "" if self.embedding else ".weight"
+        kind = "embedding_" if self.embedding else ""
+        return f"{start}{kind}A{end}", f"{start}{kind}B{end}"
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -148,20 +151,35 @@ def _modules(
     """What is summed where, in the order of the first adapter that changes each module."""
     if not parts:
         raise BadRecipeError("there is no adapter to merge", "name at least one under `adapters:`")
-    terms: dict[str, list[tuple[str, float, LoraFactor]]] = {}
+    terms: dict[str, list[tuple[str, float, LoraFactor]]] = {}  # by base tensor: trainers' prefixes differ
     for part in parts:
-        for name, factor in adapters[part.label].match(base).items():
+        adapter = adapters[part.label]
+        for name, factor in adapter.match(base).items():
+            if factor.module not in adapter.factors:
+                raise BadAdapterError(
+                    f"{adapter.file.path}: {factor.module} is a low-rank change of a parameter (target_parameters), "
+                    "and only those of linear layers and embeddings can be summed into an adapter",
+                    "merge it into the base: leave output.kind out",
+                )
             if name not in part.weights:
                 raise BadRecipeError(f"adapter {part.label}: no weight for {name}")
             weight = float(part.weights[name])
             if weight != 0.0:
-                terms.setdefault(factor.module, []).append((part.label, weight, factor))
+                terms.setdefault(name, []).append((part.label, weight, factor))
     if not terms:
         raise BadRecipeError("every weight is 0: the merged adapter would be empty", "give one a weight")
     modules = []
-    for name, found in terms.items():
+    for found in terms.values():
         full = sum(factor.rank for _, _, factor in found)
-        modules.append(Module(name, tuple(found), full if rank is None else min(rank, full)))
+        module = max((factor.module for _, _, factor in found), key=len)  # the one with its whole path
+        kinds = {".lora_embedding_" in factor.a.name for _, _, factor in found}
+        if len(kinds) > 1:
+            raise BadAdapterError(
+                f"{module} is an embedding in one adapter and a linear layer in another",
+                "these adapters belong to different bases",
+            )
+        rank_ = full if rank is None else min(rank, full)
+        modules.append(Module(module, tuple(found), rank_, kinds.pop()))
     return modules
 
 

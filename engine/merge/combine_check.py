@@ -28,7 +28,10 @@ Matrix = npt.NDArray[np.float64]
 ROWS = 8  # sampled rows of B of each module
 ELEMENT_BOUND = 3 * 2.0**-24
 DISTANCE_BOUND = 1e-6  # of ||D||: the factors are float32, rounded at 6e-8
-_MODULE = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?(?:\.weight)?$")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
+_MODULE = re.compile(
+    r"^(?:module\.)*(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?$"
+)
 
 
 class _Source:
@@ -38,26 +41,52 @@ class _Source:
         self.config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         self.halves: dict[str, dict[str, TensorInfo]] = {}
         for name, info in TensorFile.open(folder / "adapter_model.safetensors").tensors.items():
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
             found = _MODULE.match(name)
             if found:
                 self.halves.setdefault(found[1], {})[found[2]] = info
 
-    def scale(self, module: str) -> float:
-        rank = self._of("rank_pattern", module, self.config["r"])
-        alpha = self._of("alpha_pattern", module, self.config["lora_alpha"])
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else float(rank))
-
-    def _of(self, pattern: str, module: str, otherwise: Any) -> Any:
-        for key, value in (self.config.get(pattern) or {}).items():
+    def scale(self, module: str, rank: int) -> float:
+        alpha = float(self.config["lora_alpha"])
+        for key, value in (self.config.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        return otherwise
+                alpha = float(value)
+                break
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def factors(self, module: str) -> tuple[Matrix, Matrix]:
-        """B (out, r) with the scale in it, A (r, in), float64."""
+        """B (out, r) with the scale in it, A (r, in), float64; out and in as the adapter has them."""
         pair = self.halves[module]
         a, b = read_rows(pair["A"]).astype(np.float64), read_rows(pair["B"]).astype(np.float64)
-        return self.scale(module) * b, a
+        return self.scale(module, a.shape[0]) * b, a
+
+
+class _Summand:
+    """A source with the weight of each of its modules, by the module's name in the merged adapter."""
+
+    def __init__(self, folder: Path, weights: Mapping[str, float], written: Sequence[str]) -> None:
+        self.source = _Source(folder)
+        self.modules: dict[str, tuple[str, float]] = {}  # name in the merged adapter -> (own name, weight)
+        ends = {ending: name for name in written for ending in _endings(name)}
+        by_tensor = {
+            ending: w for name, w in weights.items() for ending in _endings(name.removesuffix(".weight"))
+        }
+        for own in self.source.halves:
+            weight = next((by_tensor[e] for e in _endings(own) if e in by_tensor), 0.0)
+            if weight != 0.0:
+                self.modules[next((ends[e] for e in _endings(own) if e in ends), own)] = (own, weight)
+
+
+def _endings(name: str) -> list[str]:
+    """The name and the name without the first one or two parts ("model.", "base_model.model."), longest first.
+
+    Trainers and checkpoints differ in those. A layer's number is never cut off, so what is left still tells it
+    from all others.
+    """
+    parts = name.split(".")
+    cuts = range(min(3, len(parts)))
+    return [".".join(parts[cut:]) for cut in cuts if not any(part.isdigit() for part in parts[: cut + 1])]
 
 
 def check_combined(
@@ -77,13 +106,9 @@ def check_combined(
         elements_checked, elements_differing, error (||D - D'||_F / ||D||_F over all modules), worst (module with
         the largest distance from what was said), wrong ([module names]), exit_code 0 or 1.
     """
-    written, opened = _Source(folder), [(_Source(path), weights) for path, weights in sources]
-    wanted = {
-        module
-        for source, weights in opened
-        for module in source.halves
-        if weights.get(f"{module}.weight", 0.0) != 0.0
-    }
+    written = _Source(folder)
+    summands = [_Summand(path, weights, list(written.halves)) for path, weights in sources]
+    wanted = {module for summand in summands for module in summand.modules}
     missing, strays = sorted(wanted - written.halves.keys()), sorted(written.halves.keys() - wanted)
     wrong: list[str] = []
     elements = differing = 0
@@ -91,11 +116,11 @@ def check_combined(
     worst, worst_by = "", -1.0
     names = sorted(wanted & written.halves.keys())
     for done, module in enumerate(names, 1):
-        terms = [
-            (weights[f"{module}.weight"], *source.factors(module))
-            for source, weights in opened
-            if module in source.halves and weights.get(f"{module}.weight", 0.0) != 0.0
-        ]
+        terms = []
+        for summand in summands:
+            if module in summand.modules:
+                own, weight = summand.modules[module]
+                terms.append((weight, *summand.source.factors(own)))
         b, a = written.factors(module)
         count, bad = _elements(module, terms, b, a) if module not in dropped else (0, 0)
         norm, found = _distance(terms, b, a)

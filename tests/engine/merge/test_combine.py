@@ -16,6 +16,7 @@ from engine.merge import combine as room
 from engine.merge.combine import Part, combine
 from engine.merge.manifest_check import check_manifest
 from engine.weights import Adapter, Checkpoint
+from tests.engine.weights.variants import VARIANTS
 
 Dense = dict[str, np.ndarray]
 
@@ -145,6 +146,69 @@ def test_peft_puts_nothing_on_other_modules(tiny_llama, make_adapter, tmp_path):
     assert adapted == ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
 
 
+EXACT = ("plain", "patterns", "rslora", "embedding", "tied_lora_embedding", "conv1d", "conv1d_mixed")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_summed_as_peft_merges_it_or_refused_by_name(variant, name, tmp_path):
+    """The variant at 0.5 and at -2 beside itself: PEFT's merge of the result is base - 1.5 * PEFT's own delta."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    case = variant(name)
+    adapter, base = Adapter.open(case.adapter), Checkpoint.open(case.base)
+    names = list(adapter.changes(base))
+    parts = [Part(label, case.adapter, dict.fromkeys(names, w)) for label, w in (("a", 0.5), ("b", -2.0))]
+    if name not in EXACT:
+        words = "|".join(v.partition(":")[0] for v in adapter.variants) or "ties its embeddings"
+        with pytest.raises(BadAdapterError, match=f"{words}|target_parameters|output side alone"):
+            combine(case.base, parts, tmp_path / "merged", EventWriter())
+        assert list(tmp_path.iterdir()) == []
+        return
+    result = combine(case.base, parts, tmp_path / "merged", EventWriter())
+    assert result["verdict"]["ok"], result["verdict"]
+    model = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
+    if case.untied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    before = {key: value.double().numpy().copy() for key, value in model.state_dict().items()}
+    merged = PeftModel.from_pretrained(model, tmp_path / "merged").merge_and_unload().state_dict()
+    changed = 0
+    for key, value in merged.items():
+        mine = next((k for k in (key, key.removeprefix("transformer.")) if k in case.merged), None)
+        if mine is None:
+            continue  # a tied copy that is not on disk
+        delta = case.merged[mine].astype(np.float64) - before[key]
+        changed += bool(np.abs(delta).max() > 1e-3)
+        np.testing.assert_allclose(value.double().numpy() - before[key], -1.5 * delta, rtol=0, atol=2e-6)
+    assert changed >= 2
+
+
+def test_adapters_of_other_trainers_are_summed_with_peft_s(tiny_llama, make_adapter, tmp_path):
+    """torch.compile's and FSDP's prefixes, no prefix, `.default.`: the same modules under other names."""
+    plain, other = make_adapter(tiny_llama, seed=1), make_adapter(tiny_llama, seed=2)
+    wanted, second = dense(plain), dense(other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    dialects = (
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: "_orig_mod." + key,
+        lambda key: key.replace(".weight", ".default.weight"),
+        lambda key: key.replace("base_model.model.model.", "base_model.model."),  # trained on the inner model
+    )
+    for n, rename in enumerate(dialects):
+        save_file({rename(key): value for key, value in tensors.items()}, other / "adapter_model.safetensors")
+        parts = [part("a", plain, tiny_llama, 0.3), part("b", other, tiny_llama, 0.7)]
+        for order, pair in (("ab", parts), ("ba", parts[::-1])):
+            out = tmp_path / f"merged-{n}-{order}"
+            result = combine(tiny_llama, pair, out, EventWriter())
+            assert result["verdict"]["ok"] and result["verdict"]["modules_checked"] == 14
+            found = dense(out)
+            assert found.keys() == wanted.keys()
+            for module in wanted:
+                assert relative(found[module], 0.3 * wanted[module] + 0.7 * second[module]) < 1e-7
+
+
 def test_manifest_tokenizer_and_template(tiny_llama, make_adapter, tmp_path):
     one, two = make_adapter(tiny_llama, seed=1), make_adapter(tiny_llama, seed=2)
     (one / "chat_template.jinja").write_text("A")
@@ -228,10 +292,6 @@ def test_the_check_sees_damage(tiny_llama, three, tmp_path, spoil):
 def test_what_cannot_be_summed_is_refused_by_name(tiny_llama, make_adapter, tmp_path):
     plain = make_adapter(tiny_llama, seed=1)
     target = tmp_path / "merged"
-    for name, config in (("DoRA", {"use_dora": True}), ("modules_to_save", {"modules_to_save": ["lm_head"]})):
-        other = make_adapter(tiny_llama, seed=2, **config)
-        with pytest.raises(BadAdapterError, match=name):
-            combine(tiny_llama, [part("a", plain, tiny_llama), Part("b", other, {})], target, EventWriter())
     with pytest.raises(BadRecipeError, match="every weight is 0"):
         combine(tiny_llama, [part("a", plain, tiny_llama, 0.0)], target, EventWriter())
     with pytest.raises(BadRecipeError, match="beyond float32"):
