@@ -71,7 +71,8 @@ def compare(adapters: Mapping[str, Path], events: EventWriter) -> dict[str, Any]
         column_angle_median, row_angle_smallest, row_angle_median (degrees; null for an empty space),
         sign_conflict, sign_elements}), `overall` (the same over all modules of the first pair: the smallest
         angle of any, the median of the medians), `pairs` (overall of each pair), `strips` (one per pair, see
-        `strip`), `only_in` ({label: modules no other adapter has}).
+        `strip`), `only_in` ({label: modules no other adapter has}), `not_compared` ({label: variants} of
+        adapters that change more than low-rank pairs: of DoRA the pairs are compared without the magnitudes).
 
     Raises:
         BadRecipeError: fewer than two adapters.
@@ -111,6 +112,7 @@ def compare(adapters: Mapping[str, Path], events: EventWriter) -> dict[str, Any]
         "pairs": pairs,
         "strips": strips,
         "only_in": {label: names for label, names in only.items() if names},
+        "not_compared": {label: list(a.variants) for label, a in opened.items() if not a.plain},
     }
 
 

@@ -122,6 +122,10 @@ def render(result: dict[str, Any]) -> str:
             lines += ["", f"{which}: {drawn}" if len(result["strips"]) > 1 else drawn]
     for label, names in result["only_in"].items():
         lines.append(f"  only in {plain(label)}: {len(names)} modules")
+    for label, variants in result["not_compared"].items():
+        lines.append(
+            f"  only the low-rank pairs of {plain(label)} are compared; it has {plain(', '.join(variants))}"
+        )
     most = sorted(result["modules"], key=lambda row: -abs(row["cosine"]))[:MODULES_SHOWN]
     several = len(result["pairs"]) > 1
     rows = [

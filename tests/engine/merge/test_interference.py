@@ -245,3 +245,10 @@ def test_the_time_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1.9 < wide[0] / small[0] < 2.1
     assert 1.9 < deep[0] / small[0] < 4.1
     assert wide[1] <= SAMPLED_ROWS * 2048  # the largest array are the sampled rows, far from 2048 * 2048
+
+
+def test_what_is_not_compared_is_named(variant: Any) -> None:
+    dora, saved, plain = (variant(name) for name in ("dora", "modules_to_save", "plain"))
+    result = compare({"d": dora.adapter, "m": saved.adapter, "p": plain.adapter}, EventWriter())
+    assert result["not_compared"] == {"d": ["DoRA"], "m": ["modules_to_save: embed_tokens, lm_head, norm"]}
+    assert len(result["modules"]) == 3 * 14
