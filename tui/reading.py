@@ -92,7 +92,7 @@ def _adapter(found: FoundAdapter, base: Checkpoint | None) -> AdapterRow:
     misfit = warning = ""
     if base is not None:
         try:
-            adapter.match(base)
+            adapter.changes(base)
         except MedmergeError as error:
             misfit = error.message
         if (
@@ -107,8 +107,9 @@ def _adapter(found: FoundAdapter, base: Checkpoint | None) -> AdapterRow:
         kind=adapter.kind,
         rank=adapter.rank,
         scales=adapter.scales,
-        modules=len(adapter.factors),
+        modules=adapter.modules,
         targets=adapter.targets,
+        variants=adapter.variants,
         dtype=adapter.dtype,
         nbytes=adapter.nbytes,
         base_name=adapter.base_name,

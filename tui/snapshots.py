@@ -49,6 +49,7 @@ class AdapterRow:
     scales: tuple[float, ...] = ()
     modules: int = 0
     targets: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()  # what it has besides plain low-rank pairs, in words
     dtype: str = ""
     nbytes: int = 0
     base_name: str = ""

@@ -335,7 +335,7 @@ def _check_complete(
     for pair in parts.pairs.values():
         if options.use_dora and pair.magnitude is None and pair.module in factors:
             raise BadAdapterError(
-                f"{file.path}: {options.path} says use_dora, and {pair.module} has no lora_magnitude_vector",
+                f"{file.path}: {options.path} says use_dora, and {pair.module} has no lora_magnitude_vector: a DoRA not saved whole",
                 "without its magnitudes a DoRA cannot be merged; save it again",
             )
         if options.lora_bias and pair.bias is None and not pair.embedding and pair.module in factors:

@@ -11,7 +11,8 @@ from tui.commands.common import Commands, amount, existing_path, print_json, tab
 from tui.safe_text import plain
 
 DESCRIPTION = """\
-Inspect LoRA adapters: kind, rank, scale, targets, size, base, health (NaN, infinity, all-zero B) and hash.
+Inspect LoRA adapters: kind, rank, scale, targets, size, base, health (NaN, infinity, all-zero B) and hash,
+and below the table what each has besides plain low-rank pairs (DoRA, saved modules, ...).
 A folder is searched for adapters; unusable ones are listed with the reason. Without PATH: the workspace's."""
 
 
@@ -69,7 +70,9 @@ def describe(path: Path, adapter: Any, error: Any) -> dict[str, Any]:
         "rank": adapter.rank,
         "scales": list(adapter.scales),
         "targets": list(adapter.targets),
-        "modules": len(adapter.factors),
+        "modules": adapter.modules,
+        "variants": list(adapter.variants),
+        "live": adapter.plain,
         "dtype": adapter.dtype,
         "bytes": adapter.nbytes,
         "base": adapter.base_name,
@@ -106,6 +109,12 @@ def render(rows: list[dict[str, Any]]) -> str:
             for row in usable
         ]
         lines.append(table(headers, cells))
+        lines += [
+            f"{plain(row['name'])}: {plain('; '.join(row['variants']))}"
+            + ("" if row["live"] else " (a merge applies all of it; live mixtures cannot)")
+            for row in usable
+            if row["variants"]
+        ]
     for row in rows:
         if "rank" not in row:
             lines.append(f"not usable: {plain(row['path'])}\n  {plain(row['error'])}")
@@ -129,6 +138,6 @@ def _health(health: dict[str, Any], modules: int) -> str:
         return f"{len(health['not_finite'])} tensors not finite"
     if health["zero_b"]:
         return (
-            "untrained (B is zero)" if len(health["zero_b"]) == modules else f"{len(health['zero_b'])} B zero"
+            "untrained (B is zero)" if len(health["zero_b"]) >= modules else f"{len(health['zero_b'])} B zero"
         )
     return "ok"

@@ -138,6 +138,8 @@ class AdaptersScreen(MedScreen):
             fact("LoRA", f"rank {row.rank}, scale {scales}, {row.dtype.lower()}, {size(row.nbytes)}", width)
         )
         lines.append(fact("changes", f"{row.modules} modules: {', '.join(row.targets)}", width))
+        if row.variants:
+            lines.append(fact("also", "; ".join(row.variants), width))
         judged = _mark("✓", "$success", "every factor fits the chosen base")
         if row.misfit:
             judged = _mark("✗", "$error", row.misfit)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine.workspace import Workspace
-from tests.conftest import MakeAdapter
+from tests.conftest import MakeAdapter, MakeVariant
 from tui.cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,6 +42,15 @@ FLAGS = ["--base", "bases/tiny", "--adapter", "pt=adapters/pt:0.3", "--adapter",
 
 def json_out(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
+
+
+def test_adapters_names_variants(variant: MakeVariant, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(variant("dora_rslora").adapter)
+    assert main(["adapters", folder, "--json"]) == 0
+    (row,) = json_out(capsys)["adapters"]
+    assert row["variants"] == ["rsLoRA", "DoRA"] and row["live"] is False and row["modules"] == 14
+    assert main(["adapters", folder]) == 0
+    assert "rsLoRA; DoRA (a merge applies all of it; live mixtures cannot)" in capsys.readouterr().out
 
 
 def test_merge_by_flags_then_again(filled: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
