@@ -6,6 +6,7 @@ Used by everything that writes a result: merges (folders), GGUF files, manifests
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -23,14 +24,18 @@ __all__ = [
 
 PARTIAL = ".partial"
 JOURNAL = ".journal.jsonl"  # in a partial: line 1 says what is made, further lines what of it is done
+_NO_FSYNC = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP)
 _OLD_OWNER = ".owner.json"  # how a partial named its owner before there were locks
 
 
 def fsync_path(path: Path) -> None:
-    """fsync one file or directory."""
+    """fsync one file or directory (the latter where the file system can: some network ones cannot)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -60,7 +65,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Replace a JSON file atomically. Names that are no UTF-8 (of files, on Linux) are written as escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    write_text(path, text + "\n")
 
 
 def refuse_existing(target: Path) -> None:
@@ -105,7 +116,7 @@ def new_folder(target: Path, resume: bool = False) -> Iterator[Path]:
         TargetExistsError: there is something at `target`, before or after.
         BadInputError: another process writes it, or the folder cannot be written, or a `.partial` lies there
             that is not known to be ours.
-        NoSpaceError: the disk filled up.
+        NoSpaceError: the disk filled up. MedmergeError: the file system failed in another way.
     """
     refuse_existing(target)
     partial = partial_path(target)
@@ -123,11 +134,16 @@ def new_folder(target: Path, resume: bool = False) -> Iterator[Path]:
                 fsync_path(target.parent)
         except OSError as error:
             kept = _keep(partial, resume)
+            what = f"what is done is kept in {partial}" if kept else "nothing was kept"
+            then = "run it again" + (": it goes on from there" if kept else "")
             if error.errno in NO_SPACE:
-                what = f"what is done is kept in {partial}" if kept else "nothing was kept"
-                then = "free some space and run it again" + (": it goes on from there" if kept else "")
-                raise NoSpaceError(f"the disk filled up while writing {target}; {what}", then) from error
-            raise
+                raise NoSpaceError(
+                    f"the disk filled up while writing {target}; {what}", f"free some space and {then}"
+                ) from error
+            raise MedmergeError(
+                f"{target} could not be finished: {error}; {what}",
+                f"see to that disk or network folder, then {then}",
+            ) from error
         except BadInputError:
             _keep(partial, False)
             raise
