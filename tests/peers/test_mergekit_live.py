@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.peers.cases import CASES
 from tests.peers.conftest import GOLDENS
+from tests.peers.test_mergekit_import import assert_same_numbers, random_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-mergekit" / "bin" / "python"
@@ -25,17 +27,22 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    into = tmp_path_factory.mktemp("live")
+def mergekit(*arguments: object) -> str:
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [PYTHON, ROOT / "tests/peers/make_goldens.py", "--into", into],
+        [PYTHON, ROOT / "tests/peers/make_goldens.py", *map(str, arguments)],
         env={**os.environ, **settings},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    into = tmp_path_factory.mktemp("live")
+    mergekit("--into", into)
     return into
 
 
@@ -55,3 +62,14 @@ def test_numbers_it_resolves_are_the_goldens(live: Path, golden_facts: dict[str,
     now = json.loads((live / "parameters.json").read_text())
     assert now["inputs"] == golden_facts["inputs"]
     assert now["cases"] == golden_facts["cases"]
+
+
+def test_random_configs_have_the_same_numbers(peer_inputs: Path, tmp_path: Path) -> None:
+    """Filters, gradients, scopes and slices in any mixture: what mergekit plans, we read."""
+    random = Random(0)
+    configs = [random_config(random) for _ in range(80)]
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    for config, theirs in zip(
+        configs, json.loads(mergekit("--resolve", tmp_path / "configs.json")), strict=True
+    ):
+        assert_same_numbers(config, theirs, peer_inputs)
