@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.merge_speed import linear_shapes, make_adapter, make_base
+from benchmarks.models import linear_shapes, make_adapter, make_base
 from benchmarks.peers import rows
 from engine.jobs import EventWriter
 from engine.merge.execute import merge

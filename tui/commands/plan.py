@@ -92,7 +92,7 @@ def by_tensor(result: dict[str, Any]) -> str:
         own = by_layer.setdefault(layer[1] if layer else "", {})
         own.setdefault(tuple(_numbers(tensor, several, labels)), []).append(module)
     rows: dict[tuple[str, ...], list[str]] = {}
-    for number, groups in by_layer.items():
+    for number, groups in sorted(by_layer.items(), key=lambda item: int(item[0] or -1)):
         for numbers, modules in groups.items():
             rows.setdefault((_together(modules, everything), *numbers), []).append(number)
     headers = [
