@@ -49,7 +49,6 @@ class AdapterRow:
     scales: tuple[float, ...] = ()
     modules: int = 0
     targets: tuple[str, ...] = ()
-    variants: tuple[str, ...] = ()  # what it has besides plain low-rank pairs, in words
     dtype: str = ""
     nbytes: int = 0
     base_name: str = ""
@@ -58,6 +57,7 @@ class AdapterRow:
     hint: str = ""
     misfit: str = ""
     warning: str = ""
+    variants: tuple[str, ...] = ()  # what it has besides plain low-rank pairs, in words
 
     @property
     def usable(self) -> bool:

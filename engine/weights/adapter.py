@@ -335,7 +335,8 @@ def _check_complete(
     for pair in parts.pairs.values():
         if options.use_dora and pair.magnitude is None and pair.module in factors:
             raise BadAdapterError(
-                f"{file.path}: {options.path} says use_dora, and {pair.module} has no lora_magnitude_vector: a DoRA not saved whole",
+                f"{file.path}: {options.path} says use_dora, and {pair.module} has no lora_magnitude_vector: a DoRA "
+                "not saved whole",
                 "without its magnitudes a DoRA cannot be merged; save it again",
             )
         if options.lora_bias and pair.bias is None and not pair.embedding and pair.module in factors:
@@ -369,8 +370,11 @@ def _variants(options: LoraOptions, parts: Parts, factors: dict[str, LoraFactor]
         yield f"embedding LoRA: {names}"
     if names := _last(pair.module for pair in pairs if pair.module not in factors or pair.inner):
         yield f"fused parameters: {names}"
-    if names := _last(name.rpartition(".")[0] for name in parts.saved if not name.endswith(".bias")):
-        yield f"modules_to_save: {names}"
+    whole = [name for name in parts.saved if not name.endswith(".bias")]
+    named = {saved for name in whole for saved in options.modules_to_save if _ends_in(name, saved)}
+    rest = {name.split(".")[-2] for name in whole if not any(_ends_in(name, saved) for saved in named)}
+    if named or rest:
+        yield f"modules_to_save: {', '.join(sorted(named | rest))}"
     if any(name.endswith(".bias") for name in (*parts.saved, *parts.base_layers)):
         yield "trained biases"
     if any(pair.bias is not None for pair in pairs):
