@@ -58,11 +58,17 @@ def render(result: dict[str, Any]) -> str:
             row["name"],
             _number(row["dev"]),
             f"{_number(row['held_out'])} {_interval(row)}",
-            "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}",
+            *([] if row["accuracy"] is None else [f"{row['accuracy']:.1%}"]),
         ]
         for row in result["candidates"]
     ]
-    headers = ["weights", f"dev (n={result['n_dev']})", f"held out (n={result['n_held_out']})", "accuracy"]
+    headers = [
+        "weights",
+        f"dev (n={result['n_dev']})",
+        f"held out (n={result['n_held_out']})",
+        "held-out accuracy",
+    ]
+    headers = headers[: len(rows[0])]
     differences = [
         [
             f"{row['first']} - {row['second']}",
