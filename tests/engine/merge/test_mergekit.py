@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from engine.errors import BadRecipeError
+from engine.errors import BadInputError, BadRecipeError
 from engine.merge.mergekit import Imported, from_mergekit, is_mergekit, read_mergekit
+from engine.merge.recipe import parse
 from tests.peers.inputs import inputs
 
 
@@ -234,3 +237,64 @@ def test_labels_are_told_apart(models: Path) -> None:
     )
     listed: dict[str, Any] = found.recipe["models"]
     assert list(listed) == ["a", "a-2"]
+
+
+NUMBERS = st.one_of(
+    st.floats(-2, 2), st.integers(-1, 4), st.booleans(), st.none(), st.sampled_from(["x", "0.5", ""])
+)
+SETTINGS = st.recursive(
+    NUMBERS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.fixed_dictionaries({"value": inner}, optional={"filter": st.sampled_from(["mlp", "*", 3, None])}),
+    ),
+    max_leaves=5,
+)
+PARAMETERS = st.one_of(
+    st.none(),
+    st.lists(NUMBERS, max_size=2),
+    st.dictionaries(
+        st.sampled_from(["weight", "density", "t", "normalize", "lambda", "other"]), SETTINGS, max_size=3
+    ),
+)
+MODELS = st.sampled_from(
+    ["a", "b", "base", "base+pt", "base+sft", "a+pt", "missing", "", "a@x", {"model": "a"}, 3, None]
+)
+SOURCES = st.one_of(
+    st.none(),
+    st.fixed_dictionaries(
+        {"model": MODELS},
+        optional={
+            "parameters": PARAMETERS,
+            "layer_range": st.sampled_from([[0, 3], [0, 2], [2, 3], [3], "x", None]),
+        },
+    ),
+)
+DOCUMENTS = st.fixed_dictionaries(
+    {
+        "merge_method": st.sampled_from(
+            ["linear", "slerp", "ties", "task_arithmetic", "dare_ties", "dare_linear", "x", 1]
+        )
+    },
+    optional={
+        "models": st.one_of(NUMBERS, st.lists(SOURCES, max_size=3)),
+        "slices": st.lists(st.fixed_dictionaries({"sources": st.lists(SOURCES, max_size=3)}), max_size=2),
+        "base_model": MODELS,
+        "parameters": PARAMETERS,
+        "dtype": st.sampled_from(["bfloat16", "float32", "int64", 3]),
+        "tokenizer_source": st.sampled_from(["base", "union", "a", 3]),
+        "tokenizer": st.one_of(st.none(), st.fixed_dictionaries({"source": MODELS})),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(document=DOCUMENTS)
+def test_any_document_is_read_or_refused_for_a_person(document: dict[str, Any], models: Path) -> None:
+    """Whatever is written there: a recipe that the recipe's own reader takes or refuses, or a typed error."""
+    try:
+        recipe = from_mergekit(document, "merge.yml", [models]).recipe
+        recipe["output"]["path"] = str(models.parent / "out")
+        parse(recipe, "merge.yml", [])
+    except BadInputError as error:
+        assert error.message
