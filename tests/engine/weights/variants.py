@@ -85,6 +85,15 @@ VARIANTS = {
     "dora_embedding": Variant(config={"use_dora": True, "target_modules": ["embed_tokens", "v_proj"]}),
     "experts": Variant("moe", {"target_modules": ["q_proj"], "target_parameters": EXPERT_PARAMETERS}),
     "router": Variant("moe", {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}),
+    "experts_patterns": Variant(
+        "moe",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "target_parameters": EXPERT_PARAMETERS,
+            "rank_pattern": {"experts.down_proj": 3, "v_proj": 2},
+            "alpha_pattern": {"gate_up_proj": 5, "^model.layers.1.mlp.experts.down_proj": 7},
+        },
+    ),
     "experts_one": Variant(
         "moe", {"target_modules": [], "target_parameters": ["experts.down_proj"], "use_rslora": True}
     ),
