@@ -116,13 +116,16 @@ def grid(raw: Bytes, kind: str, values: Float32Array) -> Grid | None:
             blocks[:, first:last] = byte
         ends.append(dequantise(blocks, kind))
     low, high = np.minimum(*ends), np.maximum(*ends)
-    step = (high - low) / np.float32(layout.steps)
-    half = np.float32(0.5) * step
+    step = np.divide(high - low, np.float32(layout.steps), dtype=np.float32)
+    half = np.multiply(step, np.float32(0.5), dtype=np.float32)
     if layout.scale_error:  # |q| d 2^-11, and for types with a minimum |m| 2^-11
         offset = low if kind.endswith("_1") else np.zeros_like(low)
         half = half * np.float32(1 + 2.0**-10)  # the step divided by was up to 2^-11 larger, too
         half += np.float32(2.0**-11) * (np.abs(values - offset) + np.abs(offset))
-    return Grid(low, high, step, half + np.float32(2.0**-21) * (np.abs(low) + np.abs(high)))
+    half += np.float32(2.0**-21) * (
+        np.abs(low) + np.abs(high)
+    )  # float32 while searching for the nearest point
+    return Grid(low, high, step, half)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from tui.commands.common import (
     run_job,
     workspace_of,
 )
+from tui.safe_text import plain
 
 DESCRIPTION = """\
 Write a GGUF file for llama.cpp. SRC is a checkpoint folder (a base or a merge) or an adapter folder (with
@@ -52,6 +53,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if not recognised"
     )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not read the file back and compare it with its source"
+    )
     parser.set_defaults(run=run)
 
 
@@ -67,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         out = workspace.root / out
     out = out.absolute()
     refuse_existing(out)
-    params: dict[str, Any] = {"out": str(out), "type": args.type, "base": base, "pre": args.pre}
+    params: dict[str, Any] = {
+        "out": str(out), "type": args.type, "base": base, "pre": args.pre, "verify": not args.no_verify,
+    }  # fmt: skip
     if args.source:
         if args.adapter:
             raise BadRecipeError("SRC and --adapter together", "give a folder, or --base with --adapter")
@@ -113,10 +119,14 @@ def _adapters(args: argparse.Namespace, weights: bool) -> dict[str, dict[str, An
 
 
 def render(result: dict[str, Any]) -> str:
-    return (
+    text = (
         f"{result['out']}\n{result['type']} {result['kind']}, {amount(result['bytes'], 'B')} in "
         f"{duration(result['seconds'])}, sha256 {result['sha256']}"
     )
+    if result["verdict"] is None:
+        return text if result["kind"] == "adapter" else f"{text}\nnot verified"
+    mark = "✓" if result["exit_code"] == 0 else "?" if result["exit_code"] == 4 else "✗"
+    return f"{text}\n{mark} {plain(str(result['verdict']['message']))}"
 
 
 def render_live(result: dict[str, Any]) -> str:

@@ -73,17 +73,15 @@ def _run_gguf(args: argparse.Namespace, file: Path) -> int:
 
 def _question(args: argparse.Namespace, adapters_needed: bool = True) -> dict[str, Any]:
     """base, adapters and weights (None when none was given)."""
+    if not args.base and not adapters_needed:
+        raise BadRecipeError(
+            "verifying a GGUF needs --base",
+            "the base, with --adapter for each adapter; or alone, the checkpoint the file was made from",
+        )
     if not args.base or (adapters_needed and not args.adapter):
-        raise (
-            BadRecipeError(
-                "verifying a GGUF needs --base",
-                "the base, with --adapter for each adapter, or alone the checkpoint the file was made from",
-            )
-            if not adapters_needed
-            else BadRecipeError(
-                "verify needs --base and at least one --adapter",
-                "for example: --base bases/B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7",
-            )
+        raise BadRecipeError(
+            "verify needs --base and at least one --adapter",
+            "for example: --base bases/B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7",
         )
     workspace = workspace_of(args)
     adapters: dict[str, str] = {}

@@ -161,7 +161,8 @@ def pair_tensors(
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name.upper()], architecture.layers)
     result, known = Pairing(), {FREQUENCIES} if architecture.rope.scaling == "llama3" else set()
-    missing, reshaped = [], []
+    missing: list[str] = []
+    reshaped: list[str] = []
     for name, tensor in base.tensors.items():
         if name.endswith(BUFFER) or (name == HEAD and architecture.tied):
             continue

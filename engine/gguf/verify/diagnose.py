@@ -6,9 +6,10 @@ even coarse types tell most recipes apart element by element; the fit alone woul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from functools import partial
+from itertools import combinations, product
 
 import numpy as np
 
@@ -16,8 +17,8 @@ from engine.gguf.verify import fit as fits
 from engine.gguf.verify.asked import Float64Array
 from engine.gguf.verify.measure import TensorStats
 from engine.gguf.verify.sample import ROUTES, Piece, draw
-from engine.merge.verify.verdict import Finding
 from engine.merge.verify.files import shortened
+from engine.merge.verify.verdict import Finding
 
 LEFT = 0.1  # share of the wrong elements that a true explanation may leave
 FEW = 8  # wrong elements in a tensor's sample below which nothing can be tried
@@ -25,43 +26,50 @@ UNIT = {"BF16": 2.0**-7, "F16": 2.0**-10}  # one step of a checkpoint's dtype, r
 OTHER = 2e-4  # weights off by less are not called other weights
 
 
+Weighting = Callable[[Float64Array, tuple[str, ...]], Float64Array]
+
+
 @dataclass(frozen=True)
 class Mistake:
-    """Weights that a wrong file may have been made with; `weights` maps a tensor's asked ones to them."""
+    """Weights that a wrong file may have been made with; `weights` maps a tensor's asked ones and labels to them."""
 
     finding: Finding
-    weights: Callable[[Float64Array, tuple[str, ...]], Float64Array]
+    weights: Weighting
 
 
 def explain(stats: Sequence[TensorStats], labels: tuple[str, ...]) -> list[Finding]:
     """Findings for the touched tensors with wrong elements; `stats` are all touched tensors."""
     wrong = [tensor for tensor in stats if tensor.wrong or tensor.not_finite]
     pieces = draw([tensor.pair for tensor in wrong])
-    asked = [_count(piece, tensor.weights, "") for piece, tensor in zip(pieces, wrong, strict=True)]
-    for i, (piece, tensor) in enumerate(zip(pieces, wrong, strict=True)):
-        asked[i] = min(asked[i], *(_count(piece, tensor.weights, route) for route in ROUTES[1:]))
+    asked = [
+        min(_count(piece, tensor.weights, route) for route in ROUTES)
+        for piece, tensor in zip(pieces, wrong, strict=True)
+    ]
     findings: list[Finding] = []
     left = [i for i in range(len(wrong)) if asked[i] >= FEW]
-    rest = [tensor for i, tensor in enumerate(wrong) if asked[i] < FEW]
+    weak = [i for i in range(len(wrong)) if asked[i] < FEW]  # they follow whatever explains the others
     tried = list(_mistakes(wrong, labels))
     while left:
-        best: tuple[list[int], Mistake | None] = ([], None)
-        for mistake in tried:
-            for route in ROUTES:
-                taken = [
-                    i
-                    for i in left
-                    if _count(pieces[i], mistake.weights(wrong[i].weights, wrong[i].pair.labels), route)
-                    <= LEFT * asked[i]
-                ]
-                if len(taken) > len(best[0]):
-                    best = (taken, mistake)
-        if best[1] is None:
+        best: tuple[list[int], Mistake | None, str] = ([], None, "")
+        for mistake, route in product(tried, ROUTES):
+            counts = {i: _count(pieces[i], _weights(mistake, wrong[i]), route) for i in left}
+            taken = [i for i in left if counts[i] <= LEFT * asked[i]]
+            if len(taken) > len(best[0]):
+                best = (taken, mistake, route)
+            if len(taken) == len(left):
+                break
+        taken, found, route = best
+        if found is None:
             break
-        findings.append(_named(best[1], [wrong[i] for i in best[0]], stats))
-        left = [i for i in left if i not in best[0]]
-    rest = [wrong[i] for i in left] + rest
+        taken += [i for i in weak if _count(pieces[i], _weights(found, wrong[i]), route) <= LEFT * asked[i]]
+        findings.append(_named(found, [wrong[i] for i in taken], stats))
+        left, weak = ([i for i in some if i not in taken] for some in (left, weak))
+    rest = [wrong[i] for i in left + weak]
     return findings + (_unexplained(rest, stats, labels) if rest else [])
+
+
+def _weights(mistake: Mistake, tensor: TensorStats) -> Float64Array:
+    return mistake.weights(tensor.weights, tensor.pair.labels)
 
 
 def _count(piece: Piece, weights: Float64Array, route: str, spread: float = 0.0) -> int:
@@ -71,42 +79,47 @@ def _count(piece: Piece, weights: Float64Array, route: str, spread: float = 0.0)
 def _mistakes(wrong: Sequence[TensorStats], labels: tuple[str, ...]) -> Iterator[Mistake]:
     """The mistakes worth trying, the plainest first: of equals the first is believed."""
     yield Mistake(
-        Finding("base_unchanged", "", "nothing was applied: this is the base"),
-        lambda asked, own: np.zeros_like(asked),
+        Finding("base_unchanged", "", "nothing was applied: this is the base"), partial(_times, 0.0)
     )
     for a, b in combinations(labels, 2):
-        yield Mistake(
-            Finding("swapped", f"{a} {b}", f"the weights of {a} and {b} are exchanged"),
-            lambda asked, own, a=a, b=b: _exchanged(asked, own, a, b),
-        )
-    yield Mistake(
-        Finding("weight_squared", "", "each weight was applied twice, to A and to B: the squares are inside"),
-        lambda asked, own: asked * np.abs(asked),
-    )
+        words = f"the weights of {a} and {b} are exchanged"
+        yield Mistake(Finding("swapped", f"{a} {b}", words), partial(_exchanged, a, b))
+    words = "each weight was applied twice, to A and to B: the squares are inside"
+    yield Mistake(Finding("weight_squared", "", words), _squared)
     for label in labels if len(labels) > 1 else ():
-        yield Mistake(
-            Finding("missing", label, f"{label} is not inside"),
-            lambda asked, own, label=label: np.where([name == label for name in own], 0.0, asked),
-        )
+        yield Mistake(Finding("missing", label, f"{label} is not inside"), partial(_without, label))
     found = fits.fit(wrong, labels)
     size = float(found.asked @ found.asked)
     factor = float(found.implied @ found.asked) / size if size else 0.0
     for x in dict.fromkeys([2.0, 0.5, *(round(factor, digits) for digits in (1, 2, 3))]):
         if x not in (0.0, 1.0):
-            yield Mistake(
-                Finding("scaled_by", f"{x:g}", f"all weights are {x:g} times those asked"),
-                lambda asked, own, x=x: x * asked,
-            )
+            words = f"all weights are {x:g} times those asked"
+            yield Mistake(Finding("scaled_by", f"{x:g}", words), partial(_times, x))
     for digits in (1, 2, 3):
-        weights = dict(zip(labels, np.round(found.implied, digits), strict=True))
+        weights = dict(zip(labels, np.round(found.implied, digits).tolist(), strict=True))
         words = ", ".join(f"{label} {weight:g}" for label, weight in weights.items())
         yield Mistake(
-            Finding("other_weights", words, f"the weights inside are {words}"),
-            lambda asked, own, weights=weights: np.array([weights[label] for label in own]),
+            Finding("other_weights", words, f"the weights inside are {words}"), partial(_given, weights)
         )
 
 
-def _exchanged(asked: Float64Array, own: tuple[str, ...], a: str, b: str) -> Float64Array:
+def _times(factor: float, asked: Float64Array, own: tuple[str, ...]) -> Float64Array:
+    return factor * asked
+
+
+def _squared(asked: Float64Array, own: tuple[str, ...]) -> Float64Array:
+    return asked * np.abs(asked)
+
+
+def _without(label: str, asked: Float64Array, own: tuple[str, ...]) -> Float64Array:
+    return np.where([name == label for name in own], 0.0, asked)
+
+
+def _given(weights: Mapping[str, float], asked: Float64Array, own: tuple[str, ...]) -> Float64Array:
+    return np.array([weights[label] for label in own])
+
+
+def _exchanged(a: str, b: str, asked: Float64Array, own: tuple[str, ...]) -> Float64Array:
     if a not in own or b not in own:
         return asked
     result = asked.copy()
@@ -171,8 +184,10 @@ def _unexplained(
 def _explained_by_spread(tensors: Sequence[TensorStats]) -> bool:
     """Whether one more step of a 16-bit dtype around the asked values explains the wrong elements."""
     pieces = draw([tensor.pair for tensor in tensors])
-    for piece, tensor in zip(pieces, tensors, strict=True):
-        before = _count(piece, tensor.weights, "")
-        if min(_count(piece, tensor.weights, route, step) for route, step in UNIT.items()) > 1e-3 * before:
-            return False
-    return True
+    both = list(zip(pieces, tensors, strict=True))
+    before = sum(_count(piece, tensor.weights, "") for piece, tensor in both)
+    after = min(
+        sum(_count(piece, tensor.weights, route, step) for piece, tensor in both)
+        for route, step in UNIT.items()
+    )
+    return before >= FEW and after <= 1e-2 * before

@@ -12,9 +12,9 @@ from engine.gguf.verify.sample import ROUTES, Piece, least_squares
 
 DIGITS = (1, 2, 3, 4)
 ACCEPTED = 2e-4  # share of sampled elements that right weights may leave unexplained
-_AROUND = 5  # steps of the next digit searched to either side
 _SHRINK = 0.1  # coarse types shrink all values by up to a tenth
 _MOST = 400  # combinations tried at one digit
+_THIN = 40_000  # elements they are tried on first
 
 
 def guess_weights(pieces: Sequence[Piece], labels: tuple[str, ...]) -> tuple[dict[str, float], bool]:
@@ -24,25 +24,26 @@ def guess_weights(pieces: Sequence[Piece], labels: tuple[str, ...]) -> tuple[dic
     before: the number of elements beyond their bound grows with the distance from the right weights. Every element
     is judged by the result afterwards: a wrong guess cannot pass.
     """
-    centre, error = least_squares(pieces, labels)
-    reach = 4 * error + _SHRINK * np.abs(centre)
-    elements = sum(piece.x.size for piece in pieces)
-    best = centre
+    best, error = least_squares(pieces, labels)
+    reach = 4 * error + _SHRINK * np.abs(best)
+    thin = [piece.thin(max(1, sum(p.x.size for p in pieces) // _THIN)) for piece in pieces]
+    elements = sum(piece.x.size for piece in thin)
     for digits in DIGITS:
         step = 10.0**-digits
         axes = [
             np.unique(np.append(np.round(np.arange(c - r, c + r, step), digits), np.round(c, digits)))
             for c, r in zip(best, reach, strict=True)
         ]
-        tried = sorted(itertools.product(*axes), key=lambda w: float(np.abs(np.array(w) - best).sum()))[
-            :_MOST
-        ]
-        left, best = min(((_left(pieces, labels, np.array(w)), w) for w in tried), key=lambda item: item[0])
-        best = np.array(best)
-        if left <= ACCEPTED * elements:
-            return dict(zip(labels, best.tolist(), strict=True)), True
-        reach = np.full(len(labels), _AROUND * step / 5 + 1e-12)
-    return dict(zip(labels, np.round(best, 4).tolist(), strict=True)), False
+        grid = [np.array(weights) for weights in itertools.product(*axes)]
+        near = sorted(range(len(grid)), key=lambda i: float(np.abs(grid[i] - best).sum()))[:_MOST]
+        counts = [_left(thin, labels, grid[i]) for i in near]
+        fewest = int(np.argmin(counts))
+        best = grid[near[fewest]]
+        if counts[fewest] <= ACCEPTED * elements:
+            if _left(pieces, labels, best) <= ACCEPTED * sum(piece.x.size for piece in pieces):
+                return dict(zip(labels, best.tolist(), strict=True)), True
+        reach = np.full(len(labels), step)
+    return dict(zip(labels, best.tolist(), strict=True)), False
 
 
 def _left(pieces: Sequence[Piece], labels: tuple[str, ...], weights: Float64Array) -> int:

@@ -124,7 +124,8 @@ def measure(
             own = float(_inner(change[None], change[None])[0, 0])
             replay_square += own
             sampled_square += own + 2 * float(_inner(error[None], change[None])[0, 0])
-            _count_blocks(stats, block)
+            blocks, same = block.same_blocks()
+            stats.blocks, stats.same_blocks = stats.blocks + blocks, stats.same_blocks + same
         if block.uneven and number % every:
             continue
         stats.judged += count * stored.columns
@@ -156,11 +157,24 @@ class _Block:
         self.routed = through(self.v, route)
         self.places = grid(self.raw, self.kind, self.x)
         self.uneven = self.places is None and self.kind not in FLOATS
+        self._float: Float32Array | None = None
         self._ideal: tuple[npt.NDArray[np.uint8], Float32Array] | None = None
 
     @property
     def columns(self) -> int:
         return self.pair.stored.columns
+
+    def _rounded(self) -> Float32Array:
+        """The routed values in the file's own float type."""
+        if self._float is None:
+            self._float = through(self.routed, "" if self.kind == "F32" else self.kind)
+        return self._float
+
+    def misses(self) -> npt.NDArray[np.int64]:
+        """Positions of elements that are not simply the stored form of the asked value."""
+        if self.kind in FLOATS:
+            return np.flatnonzero(self._rounded() != self.x)
+        return np.flatnonzero(misses(self.x, self.routed, self.kind, self.places))
 
     def _requantised(self) -> tuple[npt.NDArray[np.uint8], Float32Array]:
         if self._ideal is None:
@@ -171,11 +185,16 @@ class _Block:
     @property
     def ideal(self) -> Float32Array:
         """llama.cpp's own quantisation of the asked values."""
-        return self._requantised()[1]
+        return self._rounded() if self.kind in FLOATS else self._requantised()[1]
 
-    @property
-    def ideal_raw(self) -> npt.NDArray[np.uint8]:
-        return self._requantised()[0]
+    def same_blocks(self) -> tuple[int, int]:
+        """(blocks, blocks that are llama.cpp's own); a value of a float type counts as a block."""
+        if self.kind in FLOATS:
+            return self.x.size, int(np.count_nonzero(self.x == self.ideal))
+        size = sizes(self.kind)[1]
+        differs = (self._requantised()[0] != self.raw).reshape(-1)
+        wrong = np.unique(np.flatnonzero(differs) // size).size
+        return differs.size // size, differs.size // size - wrong
 
     def ideal_rows(self, rows: npt.NDArray[np.int64]) -> Float32Array:
         """The same of some rows only, (rows, columns)."""
@@ -197,19 +216,12 @@ def _inner(a: Float32Array, b: Float32Array) -> Float64Array:
     return np.asarray(total + a[:, whole:].astype(np.float64) @ b[:, whole:].astype(np.float64).T)
 
 
-def _count_blocks(stats: TensorStats, block: _Block) -> None:
-    size = sizes(block.kind)[1]
-    same = (block.ideal_raw == block.raw).reshape(-1, size).all(axis=1)
-    stats.blocks += same.size
-    stats.same_blocks += int(np.count_nonzero(same))
-
-
 def _judge(stats: TensorStats, block: _Block) -> None:
     """Count the elements of a block that are wrong, clipped, or the base's as much as the asked one's."""
     if block.uneven:
         wrong = _worse_blocks(block)
     else:
-        found = np.flatnonzero(misses(block.x, block.routed, block.kind, block.places))
+        found = block.misses()
         wrong = _still_wrong(stats, block, found) if found.size else found
         if block.places is not None:
             v, places = block.routed, block.places

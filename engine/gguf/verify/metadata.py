@@ -14,8 +14,8 @@ from engine.errors import BadModelError
 from engine.gguf.architecture import Architecture
 from engine.gguf.reader import GgufFile
 from engine.gguf.tokenizer import Tokenizer
-from engine.merge.verify.verdict import Finding
 from engine.merge.verify.files import shortened
+from engine.merge.verify.verdict import Finding
 from engine.weights import Checkpoint
 
 TEMPLATE = "tokenizer.chat_template"
@@ -55,7 +55,8 @@ def check_metadata(
                 Finding("not_checkable", "tokenizer", f"the tokenizer cannot be judged: {error.message}")
             ], []
         return [], [f"{base.folder.name} has no tokenizer.json: the GGUF's tokenizer was not compared"]
-    config, tokenizer = [], []
+    config: list[str] = []
+    tokenizer: list[str] = []
     for key, right in expected.items():
         place = tokenizer if key.startswith("tokenizer.") else config
         if key == TEMPLATE:

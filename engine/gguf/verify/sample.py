@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,13 @@ class Piece:
             return self.base
         return np.asarray(weights.astype(np.float32) @ self.deltas + self.base)
 
+    def thin(self, every: int) -> Piece:
+        """Every n-th element of it (all where whole blocks are needed)."""
+        if every == 1 or (self.places is None and self.pair.stored.type not in FLOATS):
+            return self
+        places = self.places and Grid(*(getattr(self.places, f.name)[::every] for f in fields(Grid)))
+        return Piece(self.pair, self.base[::every], self.deltas[:, ::every], self.x[::every], places)
+
     def wrong(self, weights: Float64Array, route: str, spread: float = 0.0) -> Mask:
         """Elements that base + sum weights * delta does not explain.
 
@@ -49,7 +56,7 @@ class Piece:
         kind = self.pair.stored.type
         v = through(self.value(weights), route)
         if kind in FLOATS or spread:
-            slack = NOISE * self.size + np.float32(spread) * np.abs(v)
+            slack = np.asarray(NOISE * self.size + np.float32(spread) * np.abs(v), dtype=np.float32)
             return _outside(self.x, v - slack, v + slack, kind, self.places)
         if self.places is None:
             return self._worse(v)
@@ -72,12 +79,12 @@ def _outside(x: Float32Array, low: Float32Array, high: Float32Array, kind: str, 
     return np.asarray(((x < low - half) | (x > high + half)) & ~ends)
 
 
-def draw(pairs: Sequence[Pair], budget: int = BUDGET) -> list[Piece]:
-    """Evenly spread rows of every pair given, `budget` elements in all, at least one head or row of each."""
+def draw(pairs: Sequence[Pair]) -> list[Piece]:
+    """Evenly spread rows of every pair given, BUDGET elements in all, at least one head or row of each."""
     pieces = []
     for pair in pairs:
         uneven = pair.stored.type not in FLOATS and pair.stored.type not in LAYOUTS
-        share = max(1, min(budget, UNEVEN_BUDGET if uneven else budget) // len(pairs))
+        share = max(1, (UNEVEN_BUDGET if uneven else BUDGET) // len(pairs))
         stored, unit = pair.stored, pair.unit
         units = stored.rows // unit
         count = max(1, min(units, share // (stored.columns * unit)))
