@@ -315,7 +315,7 @@ def overlap(said: dict[str, Any]) -> OverlapView:
         layer = re.search(r"\.(\d+)\.", name)
         if layer and value is not None:
             kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-            kinds.setdefault(kind, {})[int(layer[1])] = abs(value)
+            kinds.setdefault(kind, {})[int(layer[1])] = value
     depth = max((layer for values in kinds.values() for layer in values), default=-1) + 1
     return OverlapView(
         cosine=number(overall.get("cosine")),

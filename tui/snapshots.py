@@ -141,7 +141,7 @@ class OverlapView:
     sign_conflict: float | None
     subspace: float | None
     norms: dict[str, float] = field(default_factory=dict)
-    by_kind: tuple[tuple[str, tuple[float, ...]], ...] = ()  # ("q_proj", overlap per layer)
+    by_kind: tuple[tuple[str, tuple[float, ...]], ...] = ()  # ("q_proj", cosine per layer)
 
 
 @dataclass(frozen=True)

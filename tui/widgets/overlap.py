@@ -5,13 +5,14 @@ from __future__ import annotations
 from textual.content import Content
 
 from tui.snapshots import OverlapView
-from tui.text import sparkline
+from tui.strip import cells, largest
 
 KINDS = (("q_proj", "q"), ("v_proj", "v"), ("o_proj", "o"), ("up_proj", "up"), ("down_proj", "down"))
 
 
 def overlap_content(view: OverlapView, width: int, tall: bool) -> Content:
-    """`cosine 0.08 · sign conflict 49% · shared subspace 11%`, and sparklines of |cosine| by layer when `tall`."""
+    """`cosine 0.08 · sign conflict 49% · shared subspace 11%`, and when `tall` a strip of the cosine by layer for each
+    kind, all on one scale."""
     parts = []
     if view.cosine is not None:
         parts.append(f"cosine {view.cosine:.2f}")
@@ -25,8 +26,10 @@ def overlap_content(view: OverlapView, width: int, tall: bool) -> Content:
     if not tall or not shown:
         return line
     room = max(6, (width - 10) // len(shown) - 7)
+    top = largest([values for _, values in shown])
     graphs = [
-        Content.assemble((f"{short} ", "$faint"), (sparkline(values, room), "$primary"))
+        Content.assemble((f"{short} ", "$faint"), (cells(values, top, room), "$primary"))
         for short, values in shown
     ]
-    return line + Content.styled("\n          |cosine| by layer   ", "$faint") + Content("   ").join(graphs)
+    head = f"\n          cosine by layer, █ {top:.2f}   "
+    return line + Content.styled(head, "$faint") + Content("   ").join(graphs)
