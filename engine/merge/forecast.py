@@ -23,7 +23,7 @@ from engine.merge.files import OpenFiles
 from engine.merge.kernel.plain import narrow, widen
 from engine.merge.plan import Plan, TensorPlan
 from engine.merge.recipe import LINEAR
-from engine.merge.stream import BLOCK_ELEMENTS, blocks_of, default_threads
+from engine.merge.stream import block_elements, blocks_of, default_threads
 from engine.merge.terms import load
 from engine.merge.work import Block, Buffers, Work
 from engine.weights.changes import Experts, LoraFactor
@@ -81,7 +81,7 @@ def memory(plan: Plan, workers: int) -> int:
     entries = 0 if linear else len(plan.recipe.entries) + 1
     ranks = max((_ranks(tensor) * sum(tensor.source.shape[-2:]) for tensor in plan.changed), default=0)
     factors = 4 * 4 * ranks * (2 if linear else 3)
-    return _FIXED_MEMORY + workers * (12 + 4 * entries) * max(BLOCK_ELEMENTS, widest) + factors
+    return _FIXED_MEMORY + workers * (12 + 4 * entries) * max(block_elements(), widest) + factors
 
 
 def _ranks(tensor: TensorPlan) -> int:

@@ -33,13 +33,18 @@ def load_numpy_single_threaded() -> None:
 
 
 def run_merge(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
-    """params: recipe (a recipe document with absolute paths), verify (bool, default True), threads (optional)."""
+    """params: recipe (a recipe document with absolute paths), verify (bool, default True), threads, device (optional).
+
+    `device`: "cpu" (default), or where torch is to do the products and sums ("cuda", "cuda:1").
+    """
     load_numpy_single_threaded()
     from engine.merge.execute import merge
+    from engine.merge.kernel import use_device
     from engine.merge.recipe import parse
 
     recipe = parse(params["recipe"], "recipe", [])
-    return merge(recipe, events, verify=bool(params.get("verify", True)), threads=params.get("threads"))
+    with use_device(str(params.get("device") or "cpu")):
+        return merge(recipe, events, verify=bool(params.get("verify", True)), threads=params.get("threads"))
 
 
 def run_plan(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:

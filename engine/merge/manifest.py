@@ -20,6 +20,7 @@ import numpy as np
 
 from engine import __version__
 from engine.errors import BadInputError, BadModelError, BadRecipeError
+from engine.merge.kernel import kernel
 from engine.merge.plan import Plan
 from engine.merge.recipe import METHODS, TRIMS, Recipe
 from engine.merge.selectors import spec_to_document
@@ -89,7 +90,8 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    return {"medmerge": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    said = {"medmerge": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    return {**said, "kernel": kernel().name}
 
 
 def method_fields(recipe: Recipe) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from engine.merge.plan import Plan, ShardPlan, TensorPlan, longer
 from engine.merge.work import Block, Buffers, Work
 from engine.weights.tensorfile import ITEM_SIZE, file_sha256
 
-BLOCK_ELEMENTS = 1 << 17  # 256 KiB of bf16 in and out: stays in the second-level cache
+BLOCK_ELEMENTS: int | None = None  # None: what suits the kernel
 COPY_BYTES = 1 << 20
 _AHEAD = 8 << 20  # bytes after which the disk is told to begin
 _LOOKAHEAD = 3  # tensors prepared before the one being written
@@ -153,6 +153,11 @@ def stream_merge(
     return Streamed(hashes, found, progress.resumed)
 
 
+def block_elements() -> int:
+    """Elements of a block: as many as suit the kernel in use."""
+    return BLOCK_ELEMENTS or kernel().block_elements
+
+
 def default_threads() -> int:
     return len(os.sched_getaffinity(0)) + 1
 
@@ -237,7 +242,7 @@ class _ShardWork:
         self._tasks: Iterator[_Task] = iter(())
         self._lock, self._stopped = threading.Lock(), threading.Event()
         widest = max((t.source.columns for t in shard.tensors if not t.copied), default=1)
-        self._elements = max(BLOCK_ELEMENTS, widest)
+        self._elements = max(block_elements(), widest)
 
     def start(self, done: int, digest: hashlib._Hash) -> None:
         """Lay out the file, or go on behind the `done` bytes an earlier run left (`digest` is theirs)."""
@@ -411,7 +416,7 @@ def blocks_of(tensor: TensorPlan) -> Iterator[Block]:
     if len(source.shape) == 3:
         edges |= set(range(0, rows, source.shape[1]))
     ordered = sorted(edge for edge in edges if edge <= rows)
-    step = max(1, BLOCK_ELEMENTS // max(1, source.columns))
+    step = max(1, block_elements() // max(1, source.columns))
     for begin, end in itertools.pairwise(ordered):
         for first in range(begin, end, step):
             yield Block(number, first, min(step, end - first), source.columns)

@@ -48,6 +48,10 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--no-verify", action="store_true", help="skip the verification (the manifest says so)"
     )
+    parser.add_argument(
+        "--device", default="cpu", metavar="DEVICE",
+        help="where the products and sums are done: cpu (default) or cuda; the result satisfies the same check",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -210,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
     spec = JobSpec(
         kind="merge",
         target="engine.merge.job:run_merge",
-        params={"recipe": recipe, "verify": not args.no_verify},
+        params={"recipe": recipe, "verify": not args.no_verify, "device": args.device},
         title=f"merge {mixture(recipe)} into {Path(recipe['output']['path']).name}",
         command=command_line(args.argv),
     )

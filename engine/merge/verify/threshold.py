@@ -28,7 +28,7 @@ class Sizes:
         self.elements = int(self.counts[0].sum()) if count else 0
 
     def thresholds(self, densities: Sequence[float]) -> list[float]:
-        """For each delta the max(1, int(density n))-th largest |d|: 0 at density 1 (all stay), infinity when none do."""
+        """For each delta the max(1, int(density n))-th largest |d|: 0 at density 1 (all stay), inf at density 0."""
         bins = [self._bin(k, density) for k, density in enumerate(densities)]
         low = np.zeros((len(bins), 1 << 16), dtype=np.int64)
         if any(found is not None for found in bins):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
 from engine.merge.kernel import compiled
+from engine.merge.kernel.device import DeviceKernel
 from engine.merge.kernel.plain import HIGH_BINS, LOW_BINS, SCRATCH, PlainKernel, widen
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -23,9 +25,10 @@ def kernels() -> Iterator[PlainKernel]:
         found = compiled.load(library)
         assert found is not None
         yield found
+    yield cast(PlainKernel, DeviceKernel(PLAIN, "cpu"))  # the code that runs on CUDA, on torch's processor
 
 
-@pytest.fixture(params=list(kernels()), ids=lambda kernel: kernel.name)
+@pytest.fixture(params=list(kernels()), ids=lambda kernel: kernel.name.partition(",")[0].partition(" (")[0])
 def kernel(request: pytest.FixtureRequest) -> PlainKernel:
     return request.param
 

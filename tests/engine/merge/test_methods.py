@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.errors import BadModelError, BadRecipeError
+from engine.errors import BadInputError, BadModelError, BadRecipeError
 from engine.jobs import EventWriter
 from engine.merge import stream
 from engine.merge.job import run_merge, run_plan
@@ -325,3 +325,45 @@ def test_plan_of_every_method(tiny_llama: Path, models: dict[str, Path], tmp_pat
         lost = plan["rounding_loss"]
         assert (lost is None) == (method != "task_arithmetic")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["linear", *METHODS])
+def test_the_device_path_is_verified(
+    tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on CUDA, on torch's processor: other blocks and products, the same verification."""
+    from engine.merge import kernel as kernels
+    from engine.merge.kernel.device import DeviceKernel
+
+    monkeypatch.setattr(kernels, "_chosen", [DeviceKernel(kernels.host_kernel(), "cpu")])
+    weights = {} if method == "slerp" else WEIGHTS
+    result = merge(
+        tmp_path / "out", base=str(tiny_llama), method=method, adapters=entries(adapters, weights),
+        parameters=METHODS.get(method, {}),
+    )  # fmt: skip
+    assert result["manifest"]["versions"]["kernel"].startswith("torch")
+    assert result["verdict"]["ok"]
+
+
+def test_a_device_that_is_not_there(tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    document = {
+        "base": str(tiny_llama),
+        "adapters": entries(adapters),
+        "output": {"path": str(tmp_path / "x")},
+    }
+    with pytest.raises(BadInputError, match="cuda is not there"):
+        run_merge({"recipe": document, "device": "cuda"}, EventWriter())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_is_verified(tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    document = {
+        "base": str(tiny_llama),
+        "adapters": entries(adapters),
+        "output": {"path": str(tmp_path / "x")},
+    }
+    result = run_merge({"recipe": document, "device": "cuda"}, EventWriter())
+    assert result["verdict"]["ok"]
