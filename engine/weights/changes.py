@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.weights.tensorfile import Float32Array, TensorInfo, read_rows
+from engine.weights.tensorfile import ITEM_SIZE, Float32Array, TensorInfo, read_bytes, read_rows, widen
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,23 @@ class Experts:
     def factors(self, expert: int) -> tuple[Float32Array, Float32Array]:
         """L (rows, r) and R (r, columns) of one expert, float32, unscaled."""
         a = read_rows(self.a, expert * self.rank, self.rank)
-        b = expert_columns(read_rows(self.b), expert, self.rank, self.experts, self.grouped)
+        b = expert_columns(
+            self.b, 0, self.b.rows, expert_slice(expert, self.rank, self.experts, self.grouped)
+        )
         return (a.T, b.T) if self.transposed else (b, a)
 
 
-def expert_columns(b: Float32Array, expert: int, rank: int, experts: int, grouped: bool) -> Float32Array:
-    """One expert's B (out, rank) from the stacked one (out, rank * experts)."""
-    if grouped:
-        return np.ascontiguousarray(b[:, expert * rank : (expert + 1) * rank])
-    return np.ascontiguousarray(b.reshape(-1, rank, experts)[:, :, expert])
+def expert_slice(expert: int, rank: int, experts: int, grouped: bool) -> slice:
+    """The columns of a stacked B (out, rank * experts) that are one expert's, in the order of its ranks."""
+    return slice(expert * rank, (expert + 1) * rank) if grouped else slice(expert, None, experts)
+
+
+def expert_columns(b: TensorInfo, first: int, count: int, columns: slice) -> Float32Array:
+    """Some columns of rows `first : first + count`, float32; only what is taken is widened."""
+    size = ITEM_SIZE[b.dtype]
+    data = read_bytes(b, first * b.columns * size, count * b.columns * size)
+    taken = np.frombuffer(data, f"<u{size}").reshape(count, b.columns)[:, columns]
+    return widen(taken.tobytes(), b.dtype).reshape(taken.shape)
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,9 @@ class ExpertFactor(LoraFactor):
 
     def factors(self) -> tuple[Float32Array, Float32Array]:
         """L (rows, r) and R (r, columns), float32, unscaled."""
-        part = read_rows(self.b, self.first_row, self.rows)
-        columns = expert_columns(part, self.expert, self.rank, self.experts, self.grouped)
-        return columns, read_rows(self.a, self.expert * self.rank, self.rank)
+        columns = expert_slice(self.expert, self.rank, self.experts, self.grouped)
+        left = expert_columns(self.b, self.first_row, self.rows, columns)
+        return left, read_rows(self.a, self.expert * self.rank, self.rank)
 
 
 @dataclass(frozen=True)
