@@ -185,6 +185,15 @@ def roundings(sample: Sample) -> Iterator[Rounding]:
         lambda s, w: round_to(s.base + np.sum(round_to(w * s.deltas, s.dtype), axis=0), s.dtype),
     )
     yield Rounding(
+        Finding(
+            "delta_rounded_first",
+            "A and B side by side",
+            "B and weight * A of all adapters were rounded side by side, then their product, then the sum "
+            "(as PEFT's combination_type='cat' does)",
+        ),
+        lambda s, w: round_to(s.base + round_to(s.joined, s.dtype), s.dtype),  # for the weights asked
+    )
+    yield Rounding(
         Finding("low_precision_sums", "sum", "the deltas were weighted and summed in the merge's own dtype"),
         lambda s, w: _low_precision(s, w, round_to(s.deltas, s.dtype)),
     )

@@ -24,7 +24,8 @@ class Sample:
     """N elements: base and merge, K scaled deltas (weight 1), what was asked of each, and the allowed slack.
 
     `coarse` are the deltas made from A and B rounded to the merge's dtype first (equal to `deltas` where the
-    adapter is stored in it). `owner[i]` indexes `names`, the tensor an element is of.
+    adapter is stored in it); `joined` is what was asked of all of them, from B and weight * scale * A rounded so.
+    `owner[i]` indexes `names`, the tensor an element is of.
     """
 
     labels: tuple[str, ...]
@@ -34,6 +35,7 @@ class Sample:
     merged: Float64Array
     deltas: Float64Array  # (K, N)
     coarse: Float64Array  # (K, N)
+    joined: Float64Array  # (N,)
     asked: Float64Array  # (K, N)
     bound: Float64Array  # (N,) e of measure.py, for weights up to the larger of 1 and those asked
     owner: Array
@@ -61,7 +63,7 @@ class Sample:
         """Some of the elements only, by mask or slice."""
         return Sample(
             self.labels, self.names, self.dtype, self.base[keep], self.merged[keep], self.deltas[:, keep],
-            self.coarse[:, keep], self.asked[:, keep], self.bound[keep], self.owner[keep],
+            self.coarse[:, keep], self.joined[keep], self.asked[:, keep], self.bound[keep], self.owner[keep],
             self.implied, self.whole,
         )  # fmt: skip
 
@@ -91,19 +93,21 @@ def draw(
         w, y = _values(ours, rows), _values(theirs, rows)
         shape = (len(labels), w.size)
         deltas, coarse, asked = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        spread, ranks = np.zeros(shape[1]), 0
+        joined, spread, ranks = np.zeros(shape[1]), np.zeros(shape[1]), 0
         for term, weight in zip(stats.terms, stats.asked, strict=True):
             k = position[term.label]
             deltas[k], coarse[k], size, roundings = _changes(term, ours, rows, w, stats.dtype)
             asked[k] = weight
+            joined += _joined(term, weight, deltas[k], rows, stats.dtype)
             spread += max(1.0, abs(weight)) * size
             ranks += roundings
         if implied is not None:
             asked[position[implied]] = stats.base_share - asked.sum(axis=0)
         bound = (ranks + 2 * len(stats.terms) + 4) * UNIT * (np.abs(w).reshape(-1) + spread)
         base_part = stats.base_share * w.reshape(-1)
-        parts.append((base_part, y.reshape(-1), deltas, coarse, asked, bound, np.full(shape[1], number)))
-    w, y, deltas, coarse, asked, bound, owner = (
+        own = (base_part, y.reshape(-1), deltas, coarse, joined, asked, bound, np.full(shape[1], number))
+        parts.append(own)
+    w, y, deltas, coarse, joined, asked, bound, owner = (
         np.concatenate(column, axis=-1) for column in zip(*parts, strict=True)
     )
     return Sample(
@@ -114,6 +118,7 @@ def draw(
         y,
         deltas,
         coarse,
+        joined,
         asked,
         bound,
         owner,
@@ -140,6 +145,23 @@ def _changes(
     ]
     delta, size = np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
     return delta, delta, size + np.abs(values).reshape(-1), loaded.roundings
+
+
+def _joined(term: Term, weight: float, delta: Float64Array, rows: Array, dtype: str) -> Float64Array:
+    """weight * delta of some whole rows (flat), from B and weight * scale * A, each rounded to `dtype`.
+
+    The weight and the scale go to A one after the other in float32, as PEFT's `add_weighted_adapter` does for "cat".
+    """
+    if not isinstance(term, Delta):
+        return weight * delta
+    left, right = term.factors()
+    left = left[rows]
+    if term.stored_transposed:
+        left = left * np.float32(weight) * np.float32(term.scale)
+    else:
+        right = right * np.float32(weight) * np.float32(term.scale)
+    some, whole = left.astype(np.float64), right.astype(np.float64)
+    return (round_to(some, dtype) @ round_to(whole, dtype)).reshape(-1)
 
 
 def _rows(tensor: TensorInfo, stats: TensorStats, count: int) -> Array:
