@@ -192,6 +192,34 @@ def test_experts_of_old_peft_lie_the_other_way(variant: MakeVariant, tmp_path: P
     same_merge(folder, case.adapter, case.base)
 
 
+def test_experts_adapted_one_by_one(variant: MakeVariant, tmp_path: Path) -> None:
+    """Adapters trained before transformers 5 name each expert; PEFT fuses them when it loads, we need not.
+
+    (PEFT 0.21 doubles rank and alpha of gate and up to fuse them, which with rsLoRA makes them sqrt(2) too large.)
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    case = variant("experts_apart")
+    random = np.random.default_rng(3)
+    shapes = {"gate_proj": (48, 64), "up_proj": (48, 64), "down_proj": (64, 48)}
+    tensors = {}
+    for layer, expert in np.ndindex(2, 4):
+        for part, (out, inside) in shapes.items():
+            name = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{part}"
+            tensors[f"{name}.lora_A.weight"] = random.normal(0, 0.1, (4, inside)).astype(np.float32)
+            tensors[f"{name}.lora_B.weight"] = random.normal(0, 0.1, (out, 4)).astype(np.float32)
+    folder = rewritten(case.adapter, tmp_path / "a", target_parameters=None, target_modules=list(shapes))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    plain = AutoModelForCausalLM.from_pretrained(case.base, dtype="float32")
+    PeftModel.from_pretrained(plain, folder).merge_and_unload().save_pretrained(tmp_path / "merged")
+    theirs = load_file(tmp_path / "merged" / "model.safetensors")
+    ours = dense.merged(folder, case.base)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert np.linalg.norm(ours[key] - value) <= 1e-6 * np.linalg.norm(value), key
+
+
 def test_square_experts_of_an_unknown_version_are_refused(variant: MakeVariant, tmp_path: Path) -> None:
     case = variant("experts_transposed")
     folder = rewritten(case.adapter, tmp_path / "a", drop=("peft_version",))

@@ -100,6 +100,7 @@ VARIANTS = {
     "experts_transposed": Variant(
         "gpt_oss", {"target_modules": ["q_proj"], "target_parameters": EXPERT_PARAMETERS}
     ),
+    "experts_mixtral": Variant("mixtral", {"target_modules": [], "target_parameters": EXPERT_PARAMETERS}),
     "experts_apart": Variant("moe_apart", {"target_modules": [], "target_parameters": EXPERT_PARAMETERS}),
 }  # fmt: skip
 VARIANT_NAMES = tuple(VARIANTS)
@@ -168,7 +169,7 @@ def _train(model: Any, steps: int = 4) -> None:
 
 def _state(model: Any, base: str, folder: Path) -> dict[str, npt.NDArray[np.float32]]:
     """Float32 tensors by their names on disk (where the experts lie apart there: as transformers saves them)."""
-    if base != "moe_apart":
+    if base not in ("moe_apart", "mixtral"):
         return {name: tensor.float().numpy().copy() for name, tensor in model.state_dict().items()}
     from safetensors.numpy import load_file
 
@@ -218,6 +219,20 @@ def _moe_apart(folder: Path) -> None:
     _moe_model().save_pretrained(folder)
 
 
+def _mixtral(folder: Path) -> None:
+    """A Mixtral: its experts lie apart, too, as block_sparse_moe.experts.0.w1, w2 and w3."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(6)
+    config = MixtralConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
 def _moe(folder: Path) -> None:
     """The same with the experts fused on disk: gate_up_proj (experts, 2 * width, in), down_proj."""
     from safetensors.torch import save_file
@@ -256,5 +271,5 @@ def _qwen3(folder: Path) -> None:
 
 _BASES: dict[str, Callable[[Path], None]] = {
     "llama": _llama, "llama_bias": _llama_bias, "qwen3": _qwen3, "gpt2": _gpt2, "gpt_oss": _gpt_oss,
-    "moe": _moe, "moe_apart": _moe_apart,
+    "moe": _moe, "moe_apart": _moe_apart, "mixtral": _mixtral,
 }  # fmt: skip
