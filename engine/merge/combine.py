@@ -13,32 +13,36 @@ from __future__ import annotations
 
 import hashlib
 import math
-import platform
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine import __version__
-from engine.atomic import need_space, new_folder, refuse_existing, sync_tree, write_json
+from engine.atomic import need_space, new_folder, refuse_existing, write_json
 from engine.errors import BadAdapterError, BadRecipeError
 from engine.jobs.events import EventWriter
 from engine.merge.combine_check import check_combined
-from engine.merge.combine_config import adapter_config, training_note
+from engine.merge.combine_config import adapter_config, copy_tokenizer, training_note
+from engine.merge.execute import reject
 from engine.merge.lowrank import Spectrum, Term, stack, truncate
-from engine.merge.manifest import FORMAT, NAME, describe_adapter, linear_fields
+from engine.merge.manifest import (
+    FORMAT,
+    NAME,
+    describe_adapter,
+    describe_model,
+    hash_files,
+    linear_fields,
+    now,
+    variants,
+    versions,
+)
 from engine.weights import Adapter, Checkpoint, LoraFactor
 from engine.weights.adapter import CONFIG, MANIFEST, WEIGHTS
-from engine.weights.tensorfile import encode_header, file_sha256, read_rows
+from engine.weights.tensorfile import encode_header, read_rows
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -120,9 +124,9 @@ def combine(
         note = training_note(adapters)
         if note:
             write_json(partial / MANIFEST, note)
-        _copy_tokenizer(adapters, partial, events)
+        copy_tokenizer(adapters, partial, events)
         summary = _summary(modules, spectra)
-        record = _manifest(base, adapters, parts, partial, out.name, document, sha256, rank, summary)
+        record = _manifest(base, adapters, parts, partial, out, document, sha256, rank, summary)
         write_json(partial / NAME, {**record, "seconds": round(time.monotonic() - started, 3)})
         if verify:
             dropped = {name: (s.dropped, s.norm) for name, s in spectra.items()}
@@ -133,7 +137,7 @@ def combine(
         record["seconds"] = round(time.monotonic() - started, 3)
         write_json(partial / NAME, record)
         if verdict is not None and not verdict["ok"]:
-            kept = _reject(partial, out)
+            kept = reject(partial, out)
     return {
         "out": str(kept),
         "seconds": record["seconds"],
@@ -253,27 +257,26 @@ def _manifest(
     adapters: Mapping[str, Adapter],
     parts: Sequence[Part],
     folder: Path,
-    name: str,
+    out: Path,
     document: Mapping[str, Any] | None,
     sha256: str,
     rank: int | None,
     summary: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest of a merged adapter; of the base only its config is named, since only headers were read."""
-    asked = {part.label: _asked(part) for part in parts}
+    """The manifest of a merged adapter; of the base only its small files are named, since only headers were read."""
+    asked, near = {part.label: _asked(part) for part in parts}, out.parent
     return {
         "format": FORMAT,
-        "name": name,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "name": out.name,
+        "created": now(),
         "recipe": dict(document or {}),
         **linear_fields(document or {}),
         "asked": asked,
-        "base": {
-            "name": base.name,
-            "path": str(base.folder),
-            "files": {"config.json": file_sha256(base.folder / "config.json")},
+        "base": describe_model(base, {}, near),
+        "adapters": {
+            label: describe_adapter(adapter, near) | {"variants": variants(adapter.changes(base).values())}
+            for label, adapter in adapters.items()
         },
-        "adapters": {label: describe_adapter(adapter) for label, adapter in adapters.items()},
         "models": {},
         "output": {
             "kind": "adapter",
@@ -281,47 +284,17 @@ def _manifest(
             "rank": rank,
             "tensors_changed": summary["modules"],
             "combined": {key: summary[key] for key in ("how", "rank", "modules", "error", "energy")},
-            "files": {
-                path.name: sha256 if path.name == WEIGHTS else file_sha256(path) for path in _files(folder)
-            },
+            "files": hash_files(folder, {WEIGHTS: sha256}),
         },
-        "versions": {
-            "medmerge": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
         "verification": None,
     }
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.name != NAME:
-            yield path
 
 
 def _asked(part: Part) -> float | dict[str, float]:
     """One number where all tensors have the same weight, else every tensor's."""
     weights = set(part.weights.values())
     return weights.pop() if len(weights) == 1 else dict(part.weights)
-
-
-def _copy_tokenizer(adapters: Mapping[str, Adapter], folder: Path, events: EventWriter) -> None:
-    """Tokenizer and template files of the first source that has any; says when another's differ."""
-    chosen = ""
-    for label, adapter in adapters.items():
-        found = [adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()]
-        if not found:
-            continue
-        if not chosen:
-            chosen = label
-            for path in found:
-                shutil.copyfile(path, folder / path.name)
-            continue
-        for path in found:
-            mine = folder / path.name
-            if not mine.is_file() or file_sha256(mine) != file_sha256(path):
-                events.warning(f"{path.name} of adapter {label} differs from {chosen}'s: {chosen}'s is kept")
 
 
 def _refuse_overlap(out: Path, inputs: Sequence[tuple[str, Path]]) -> None:
@@ -333,15 +306,3 @@ def _refuse_overlap(out: Path, inputs: Sequence[tuple[str, Path]]) -> None:
                 f"the output {out} is, contains or is inside {what} ({path})",
                 "choose a folder outside the inputs",
             )
-
-
-def _reject(partial: Path, target: Path) -> Path:
-    """Keep what failed its check beside the target, under a name that is free."""
-    (partial / ".owner.json").unlink(missing_ok=True)
-    sync_tree(partial)
-    kept, number = target.with_name(f"{target.name}.rejected"), 1
-    while kept.exists():
-        number += 1
-        kept = target.with_name(f"{target.name}.rejected-{number}")
-    partial.rename(kept)
-    return kept

@@ -1,15 +1,24 @@
-"""The small files of a merged adapter: adapter_config.json as PEFT reads it, and training.json for our own.
+"""The small files of a merged adapter: adapter_config.json as PEFT reads it, training.json for our own, tokenizer.
 
 Called by engine/merge/combine.py.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from engine.jobs.events import EventWriter
 from engine.weights import Adapter, Checkpoint
+from engine.weights.tensorfile import file_sha256
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def adapter_config(base: Checkpoint, sources: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -79,3 +88,21 @@ def training_note(sources: Mapping[str, Adapter]) -> dict[str, Any] | None:
     if len(templates) != 1 or "" in templates:
         return None
     return {"format": "medmerge.training/1", "kind": "merged", "template": templates.pop()}
+
+
+def copy_tokenizer(adapters: Mapping[str, Adapter], folder: Path, events: EventWriter) -> None:
+    """Tokenizer and template files of the first source that has any; says when another's differ."""
+    chosen = ""
+    for label, adapter in adapters.items():
+        found = [adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()]
+        if not found:
+            continue
+        if not chosen:
+            chosen = label
+            for path in found:
+                shutil.copyfile(path, folder / path.name)
+            continue
+        for path in found:
+            mine = folder / path.name
+            if not mine.is_file() or file_sha256(mine) != file_sha256(path):
+                events.warning(f"{path.name} of adapter {label} differs from {chosen}'s: {chosen}'s is kept")
