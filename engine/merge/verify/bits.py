@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import BadTensorFileError
+from engine.merge.verify.quick import widen_bf16
 from engine.merge.verify.rounding import FORMATS, Array, Float32Array, fast_bits
 from engine.weights.tensorfile import ITEM_SIZE, TensorInfo, read_bytes
 
@@ -24,9 +25,7 @@ def raw_rows(tensor: TensorInfo, first: int, count: int) -> Array:
 def widen_bits(raw: Array, dtype: str) -> Float32Array:
     """Stored bits as float32 values, exact."""
     if dtype == "BF16":
-        wide = raw.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
+        return widen_bf16(raw)
     if dtype == "F16":
         return raw.view(np.float16).astype(np.float32)
     return raw.view(np.float32)

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from engine.merge.verify.asked import LINEAR
-from engine.merge.verify.bits import BLOCK_ELEMENTS, raw_rows, read_block, widen_bits
+from engine.merge.verify.bits import BLOCK_ELEMENTS, raw_rows, widen_bits
 from engine.merge.verify.formulas import Block, Elements, Formula, NewRows, Task, make_formula
-from engine.merge.verify.rounding import Array, Float32Array, Float64Array, fast_bits, round_to
+from engine.merge.verify.quick import Compared, compare, rounded
+from engine.merge.verify.rounding import Array, Float32Array, Float64Array, round_to
 from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.terms import Loaded, Part
 from engine.merge.verify.whole import Absent
@@ -60,12 +61,12 @@ def measure_dense(task: Task, judge: bool = True) -> TensorStats:
 
 def blocks_of(task: Task, loaded: Sequence[Loaded]) -> Iterator[Block]:
     """The base's rows from the first to the last, in blocks that fit the processor's cache."""
-    rows, columns = task.base.rows, task.base.columns
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    rows, columns = task.base.rows, max(1, task.base.columns)
+    step = max(1, BLOCK_ELEMENTS // columns)
     for first in range(0, rows, step):
-        base = read_block(task.base, first, min(step, rows - first))
-        parts = [term.block(first, base) for term in loaded]
-        yield Block(first * columns, base.reshape(-1), parts)
+        bits = raw_rows(task.base, first, min(step, rows - first))
+        base = widen_bits(bits, task.base.dtype).reshape(-1, columns)
+        yield Block(first * columns, base.reshape(-1), [t.block(first, base) for t in loaded], bits=bits)
 
 
 def new_rows(task: Task, loaded: Sequence[Loaded]) -> Iterator[tuple[NewRows, Block]]:
@@ -91,13 +92,12 @@ def _measure_block(
     new: bool = False,
 ) -> None:
     """Add one block to `stats`. `new`: rows the base has not, which say nothing about weights."""
-    merged = widen_bits(raw, stats.dtype)
     wanted = formula.value32(block)
-    expected = fast_bits(wanted.copy(), stats.dtype)
-    kept = fast_bits(block.base.copy(), stats.dtype)
-    stats.unchanged += int(np.count_nonzero(kept == raw))
-    stats.ideal_unchanged += int(np.count_nonzero(kept == expected))
-    where = np.flatnonzero(expected != raw)
+    compared = _compare(stats, task.base.dtype, block, raw, wanted)
+    merged = widen_bits(raw, stats.dtype) if stats.linear or compared.unequal else block.base
+    stats.unchanged += compared.unchanged
+    stats.ideal_unchanged += compared.ideal_unchanged
+    error = compared.error
     with np.errstate(invalid="ignore", over="ignore"):
         if stats.linear and not new:  # what float32 would lose of a small delta beside a large W stays
             error = merged - block.base
@@ -105,8 +105,6 @@ def _measure_block(
                 error -= np.float32(stats.base_share - 1.0) * block.base
             for a, delta in zip(stats.asked, block.deltas, strict=True):
                 error -= np.float32(a) * delta
-        else:
-            error = merged - wanted
         square = float(np.dot(error, error))
     if not np.isfinite(square):
         bad = ~np.isfinite(error)
@@ -117,10 +115,30 @@ def _measure_block(
     stats.ideal_square += square
     if stats.linear and not new:
         _add_sums(stats, block, error)
-    if not judge:
+    if not judge or not compared.unequal:
         return
+    where = np.flatnonzero(compared.differs)
     for start in range(0, where.size, _JUDGED):
         _judge(stats, task, formula, roundings, block, merged, error, where[start : start + _JUDGED])
+
+
+def _compare(stats: TensorStats, base_dtype: str, block: Block, raw: Array, wanted: Float32Array) -> Compared:
+    """Which elements are not `wanted` rounded to the merge's dtype."""
+    if block.bits is not None and base_dtype == stats.dtype == "BF16":
+        quick = compare(block.bits, raw, wanted)
+        if quick is not None:
+            return quick
+    expected, kept = rounded(wanted, stats.dtype), rounded(block.base, stats.dtype)
+    differs = expected != raw
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = widen_bits(raw, stats.dtype) - wanted
+    return Compared(
+        error,
+        differs,
+        int(np.count_nonzero(differs)),
+        int(np.count_nonzero(kept == raw)),
+        int(np.count_nonzero(kept == expected)),
+    )
 
 
 def _add_sums(stats: TensorStats, block: Block, error: Float32Array) -> None:

@@ -13,6 +13,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from engine.merge.verify.quick import kept
 from engine.merge.verify.rounding import Array
 
 _PER_COUNT = 8  # draws a counter step gives: four words of two halves
@@ -30,6 +31,9 @@ class Draws:
         limit = math.floor(density * 2.0**32)
         if limit >= 2**32:
             return np.ones(count, dtype=bool)
+        quick = kept(self._key, start, count, limit)
+        if quick is not None:
+            return quick
         return np.asarray(self.numbers(start, count) < np.uint32(limit))
 
     def numbers(self, start: int, count: int) -> Array:

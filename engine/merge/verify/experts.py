@@ -19,6 +19,7 @@ from engine.weights.tensorfile import TensorInfo
 ORDER = ("gate_up_proj", "down_proj")
 # Each expert's own tensors, and which share of the fused rows each is.
 _APART = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_MIXTRAL = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # in block_sparse_moe.experts
 Pair = tuple[int, TensorInfo, TensorInfo]  # depth, A, B
 
 
@@ -72,9 +73,11 @@ def _apart(
     a: TensorInfo,
     b: TensorInfo,
 ) -> Iterator[Term]:
-    kinds = _APART[name]
-    experts = 0
-    while f"{module}.{experts}.{kinds[0]}.weight" in base.tensors:
+    owner, kinds, experts = module, _APART[name], 0
+    mixtral = module.replace(".mlp.", ".block_sparse_moe.")
+    if f"{mixtral}.0.w1.weight" in base.tensors:
+        owner, kinds = mixtral, _MIXTRAL[name]
+    while f"{owner}.{experts}.{kinds[0]}.weight" in base.tensors:
         experts += 1
     if not experts or a.shape[0] % experts or b.shape[0] % len(kinds):
         raise BadAdapterError(
@@ -86,6 +89,6 @@ def _apart(
     for expert in range(experts):
         for i, kind in enumerate(kinds):
             yield Delta(
-                label, f"{module}.{expert}.{kind}.weight", a, b, scale, False,
+                label, f"{owner}.{expert}.{kind}.weight", a, b, scale, False,
                 expert=expert, experts=experts, rows=(i * rows, (i + 1) * rows),
             )  # fmt: skip

@@ -22,7 +22,7 @@ from engine.merge.verify.deltas import is_embedding
 from engine.merge.verify.terms import Term
 from engine.merge.verify.verdict import Finding
 from engine.weights.checkpoint import INDEX, Checkpoint
-from engine.weights.tensorfile import TensorInfo, file_sha256
+from engine.weights.tensorfile import TensorInfo, file_sha256, read_regular
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
@@ -245,7 +245,7 @@ def _compare_tokenizer_config(base: Path, merged: Path, findings: list[Finding],
 def _template(folder: Path) -> str | None:
     """The chat template in force: chat_template.jinja, else chat_template in tokenizer_config.json."""
     try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_regular(folder / "chat_template.jinja").decode("utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError):
         config = _json(folder / "tokenizer_config.json") or {}
         value = config.get("chat_template")
@@ -254,7 +254,7 @@ def _template(folder: Path) -> str | None:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path))
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

@@ -25,6 +25,7 @@ import numpy as np
 
 from engine.merge.verify.asked import LINEAR
 from engine.merge.verify.draws import Draws
+from engine.merge.verify.quick import dots, elect
 from engine.merge.verify.rounding import Array, Float32Array, Float64Array
 from engine.merge.verify.stats import UNIT
 from engine.merge.verify.terms import Loaded, Part, Term
@@ -77,6 +78,7 @@ class Block:
     base: Float32Array  # flat
     parts: Sequence[Part]
     kept: list[Array] = field(default_factory=list)
+    bits: Array | None = None  # of the base as stored
 
     @property
     def deltas(self) -> list[Float32Array]:
@@ -184,11 +186,11 @@ class Slerp:
     def __init__(self, task: Task, loaded: Sequence[Loaded], blocks: Blocks) -> None:
         self.task = task
         self.w = task.weights
-        dot = p_square = q_square = 0.0
+        sums = np.zeros(3)
         for block in blocks():
-            p, q = (end.astype(np.float64) for end in self._ends(block.base, block.deltas))
-            dot, p_square, q_square = dot + p @ q, p_square + p @ p, q_square + q @ q
-        self.norms = math.sqrt(p_square) * math.sqrt(q_square)
+            sums += dots(block.base, block.deltas[0], block.deltas[1], float(self.w[0]), float(self.w[1]))
+        self.norms = math.sqrt(sums[1]) * math.sqrt(sums[2])
+        dot = float(sums[0])
         self.cosine = dot / self.norms if self.norms else 1.0
         # float32 moves P and Q by a few roundings of each element, so the cosine by as many
         slack = (max((term.roundings for term in loaded), default=1) + 6) * UNIT
@@ -259,24 +261,11 @@ class Elect:
 
     def value32(self, block: Block) -> Float32Array:
         _drop(block, self.draws, self.task)
-        parts = []
-        for k, delta in enumerate(block.deltas):
-            part = delta * np.float32(self.weights[k])
-            if self.thresholds is not None:
-                part *= np.abs(delta) >= np.float32(self.thresholds[k])
-            else:
-                part *= block.kept[k]
-            parts.append(part)
-        sign = np.where(np.sum(parts, axis=0) >= 0, np.float32(1), np.float32(-1))
-        total, divisor = np.zeros_like(block.base), np.zeros_like(block.base)
-        for part, weight in zip(parts, self.task.weights, strict=True):
-            agrees = part * sign > 0
-            total += part * agrees
-            if self.task.normalize:
-                divisor += agrees * np.float32(weight)
-        if self.task.normalize:
-            total /= np.where(np.abs(divisor) < NO_WEIGHT, np.float32(1), divisor)
-        return np.asarray(total * np.float32(self.task.lam) + block.base)
+        limits = self.thresholds or [0.0] * len(block.parts)
+        task = self.task
+        return elect(
+            block.base, block.deltas, self.weights, task.weights, limits, block.kept, task.normalize, task.lam
+        )
 
     def ways(self, block: Block, at: Elements) -> Iterator[Way]:
         w, own = self.weights[:, None], self.task.weights[:, None]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BadAdapterError
+from engine.weights.tensorfile import read_regular
 
 CONFIG = "adapter_config.json"
 # Starts that write into the base itself: the deltas alone do not make the merged weight.
@@ -35,7 +36,7 @@ class LoraConfig:
         """Raises BadAdapterError: no readable config, or a kind whose delta is not known here."""
         path = folder / CONFIG
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_regular(path))
         except (OSError, ValueError, RecursionError) as error:
             raise BadAdapterError(
                 f"{path} cannot be read: {error}", f"an adapter folder has {CONFIG}"

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.merge.verify.bits import BLOCK_ELEMENTS, raw_rows, widen_bits
+from engine.merge.verify.quick import Compared, linear
 from engine.merge.verify.rounding import FORMATS, Array, Float32Array, Float64Array, fast_bits, round_to
 from engine.merge.verify.stats import UNIT, FactorSums, TensorStats
 from engine.merge.verify.terms import Delta
@@ -168,18 +169,15 @@ def _measure_block(
 ) -> None:
     """Add one block of rows, given as stored bits, to `stats` and `sums`; E goes into `error` (rows, columns)."""
     count, columns = error.shape
-    base32, merged32 = widen_bits(base_raw, base_dtype), widen_bits(merged_raw, stats.dtype)
     delta = (factors.scaled_left[first : first + count] @ factors.right).reshape(-1)
-    equal = quick_equal(delta + base32, merged32, merged_raw, stats.dtype)
-    differing = equal.size - int(np.count_nonzero(equal))
-    kept = base_raw if base_dtype == stats.dtype else fast_bits(base32.copy(), stats.dtype)
-    same = int(np.count_nonzero(kept == merged_raw))
-    stats.unchanged += same
     flat = error.reshape(-1)
+    both = base_dtype == stats.dtype == "BF16"
+    compared = linear(base_raw, merged_raw, delta, 0.0, flat) if both else None
+    if compared is None:
+        compared = _compare(base_dtype, base_raw, merged_raw, delta, stats.dtype, flat)
+    differing, same = compared.unequal, compared.unchanged
+    stats.unchanged += same
     with np.errstate(invalid="ignore", over="ignore"):
-        # (y - W) - delta, not y - (W + delta): what float32 would lose of a small delta beside a large W stays
-        np.subtract(merged32, base32, out=flat)
-        flat -= delta
         square = float(np.dot(flat, flat))
     finite = bool(np.isfinite(square))
     if not finite:
@@ -190,17 +188,34 @@ def _measure_block(
     if not differing or not judge:
         stats.ideal_unchanged += same
         return
-    expected = fast_bits(delta + base32, stats.dtype)
-    stats.ideal_unchanged += int(np.count_nonzero(kept == expected))
+    base32, merged32 = widen_bits(base_raw, base_dtype), widen_bits(merged_raw, stats.dtype)
+    stats.ideal_unchanged += compared.ideal_unchanged
     block = _Block(first, columns, base32, merged32, error)
-    where = np.flatnonzero(~equal)
-    if finite and differing > _DENSE_SHARE * equal.size:
-        where = _judge_block(stats, factors, sums, block, widen_bits(expected, stats.dtype), ~equal)
+    where = np.flatnonzero(compared.differs)
+    if finite and differing > _DENSE_SHARE * flat.size:
+        wanted = widen_bits(fast_bits(delta + base32, stats.dtype), stats.dtype)
+        where = _judge_block(stats, factors, sums, block, wanted, compared.differs)
         for start in range(0, where.size, _GATHER):
             _judge_elements(stats, factors, None, block, where[start : start + _GATHER])
         return
     for start in range(0, where.size, _GATHER):
         _judge_elements(stats, factors, sums, block, where[start : start + _GATHER])
+
+
+def _compare(
+    base_dtype: str, base_raw: Array, merged_raw: Array, delta: Float32Array, dtype: str, error: Float32Array
+) -> Compared:
+    """In numpy, for any dtypes: which elements are not round(W + delta); E goes into `error`."""
+    base32, merged32 = widen_bits(base_raw, base_dtype), widen_bits(merged_raw, dtype)
+    differs = ~quick_equal(delta + base32, merged32, merged_raw, dtype)
+    kept = base_raw if base_dtype == dtype else fast_bits(base32.copy(), dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        # (y - W) - delta, not y - (W + delta): what float32 would lose of a small delta beside a large W stays
+        np.subtract(merged32, base32, out=error)
+        error -= delta
+    unequal, same = int(np.count_nonzero(differs)), int(np.count_nonzero(kept == merged_raw))
+    ideal = int(np.count_nonzero(kept == fast_bits(delta + base32, dtype))) if unequal else same
+    return Compared(error, differs, unequal, same, ideal)
 
 
 def quick_equal(

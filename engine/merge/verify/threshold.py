@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from engine.merge.verify.quick import count_sizes, count_within
 from engine.merge.verify.rounding import Array, Float32Array
 
 Deltas = Callable[[], Iterable[Sequence[Float32Array]]]  # every block of rows, once more: the K deltas there
@@ -24,7 +25,7 @@ class Sizes:
         self.counts = np.zeros((count, 1 << 15), dtype=np.int64)
         for block in deltas():
             for counts, delta in zip(self.counts, block, strict=True):
-                counts += np.bincount(_bits(delta) >> 16, minlength=1 << 15)
+                count_sizes(delta, counts)
         self.elements = int(self.counts[0].sum()) if count else 0
 
     def thresholds(self, densities: Sequence[float]) -> list[float]:
@@ -35,8 +36,7 @@ class Sizes:
             for block in self._deltas():
                 for k, (found, delta) in enumerate(zip(bins, block, strict=True)):
                     if found is not None:
-                        bits = _bits(delta)
-                        low[k] += np.bincount(bits[bits >> 16 == found[0]] & 0xFFFF, minlength=1 << 16)
+                        count_within(delta, found[0], low[k])
         return [
             _outside(density) if found is None else _number(found[0], _at_rank(low[k], found[1])[0])
             for k, (density, found) in enumerate(zip(densities, bins, strict=True))
@@ -61,10 +61,6 @@ def _outside(density: float) -> float:
 
 def _number(upper: int, lower: int) -> float:
     return float(np.array([(upper << 16) | lower], dtype=np.uint32).view(np.float32)[0])
-
-
-def _bits(values: Float32Array) -> Array:
-    return np.asarray(values.reshape(-1).view(np.uint32) & 0x7FFFFFFF)
 
 
 def _at_rank(counts: Array, rank: int) -> tuple[int, int]:
