@@ -57,6 +57,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
         else:
             changes[label], moved = _compare(recipe, reference, label, model)
             rows |= {(label, name): found for name, found in moved.items()}
+    known = [label for label, model in models.items() if read_vocabulary(model.folder) is not None]
+    rows = _rows_of_all(rows, {label: changes[label] for label in known})
     for label, changed in changes.items():
         for name in changed:
             tensor = reference.tensors.get(name)
@@ -129,6 +131,24 @@ def _compare(
                 size, there = reference.tensors[name].shape[0], model.tensors[name].shape[0]
                 moved[name] = row_map(*tables, size, there)
     return changes, moved
+
+
+def _rows_of_all(
+    rows: dict[tuple[str, str], Rows], changes: dict[str, dict[str, Change]]
+) -> dict[tuple[str, str], Rows]:
+    """Row maps in which only tokens that every model has are found: the others stay the reference's in all.
+
+    `changes` are those of models that have a tokenizer; nothing is known of the tokens of the others.
+    """
+    found = dict(rows)
+    for table in {name for _, name in rows}:
+        maps = [own for (_, name), own in rows.items() if name == table]
+        everywhere = np.all([own >= 0 for own in maps], axis=0)
+        for label, changed in changes.items():
+            if table in changed:
+                own = rows.get((label, table), np.arange(len(everywhere)))
+                found[label, table] = np.where(everywhere, own, -1)
+    return found
 
 
 def _tables(

@@ -93,6 +93,15 @@ models:
   - {model: b, parameters: {weight: 0.0, density: 0.5}}
 dtype: float32
 """,
+    "vocabulary": """
+merge_method: task_arithmetic
+base_model: base
+models:
+  - {model: a, parameters: {weight: 0.5}}
+  - {model: c, parameters: {weight: 0.25}}
+tokenizer_source: base
+dtype: float32
+""",
     "lora": """
 merge_method: task_arithmetic
 base_model: base

@@ -1,10 +1,11 @@
 """Tiny models and adapters that come out bit for bit the same everywhere: what the peers' goldens were made from.
 
-    inputs(folder) writes base, a, b (bf16 Llamas of 3 layers, width 32) and the adapters pt, sft (rank 4, float32)
+    inputs(folder) writes base, a, b, c (bf16 Llamas of 3 layers, width 32) and the adapters pt, sft (rank 4, float32)
 
 Values are sums of four 16-bit words of Philox (whose stream numpy guarantees), so nearly normal, rounded to
-bf16 by their bits. `a` and `b` are `base` with a change of a tenth of a weight's size, in every tensor. Numpy
-alone, so that it also runs in mergekit's environment.
+bf16 by their bits. `a`, `b` and `c` are `base` with a change of a tenth of a weight's size, in every tensor; `c`
+has another vocabulary: without the first four tokens, the others in reverse, and eight of its own. Numpy alone, so
+that it also runs in mergekit's environment.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ CONFIG = {
     "head_dim": 16, "vocab_size": VOCABULARY, "tie_word_embeddings": False, "dtype": "bfloat16",
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+TOKENS = {name: [f"t{i}" for i in range(VOCABULARY)] for name in ("base", "a", "b")} | {
+    "c": [f"t{i}" for i in reversed(range(4, VOCABULARY))] + [f"n{i}" for i in range(8)]
+}
 Array = Any
 
 
@@ -84,18 +88,36 @@ def model_bits(name: str) -> dict[str, Array]:
     for tensor, shape in SHAPES.items():
         norm = len(shape) == 1
         base = from_bits(bf16_bits(draw(f"base {tensor}", shape) * np.float32(0.05) + np.float32(norm)))
+        if shape[0] == VOCABULARY:  # the rows of this model's tokens; 0 for those that base does not have
+            rows = [TOKENS["base"].index(token) if token in TOKENS["base"] else -1 for token in TOKENS[name]]
+            base = np.concatenate([base, np.zeros((1, HIDDEN), np.float32)])[rows]
         if name != "base":
-            base = base + draw(f"{name} {tensor}", shape) * np.float32(0.005)
+            base = base + draw(f"{name} {tensor}", base.shape) * np.float32(0.005)
         found[tensor] = bf16_bits(base)
     return found
 
 
+def write_tokenizer(folder: Path, tokens: list[str]) -> None:
+    """A tokenizer of whole words; t39, which every model has, stands for what it does not know."""
+    model = {"type": "WordLevel", "vocab": {token: i for i, token in enumerate(tokens)}, "unk_token": "t39"}
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None, "model": model,
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, "unk_token": "t39"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def inputs(folder: Path) -> Path:
     """Write everything into `folder`; returns it."""
-    for name in ("base", "a", "b"):
+    for name, tokens in TOKENS.items():
         (folder / name).mkdir(parents=True)
         write_safetensors(folder / name / "model.safetensors", model_bits(name), "BF16")
-        (folder / name / "config.json").write_text(json.dumps(CONFIG, indent=1))
+        (folder / name / "config.json").write_text(
+            json.dumps({**CONFIG, "vocab_size": len(tokens)}, indent=1)
+        )
+        write_tokenizer(folder / name, tokens)
     for name in ("pt", "sft"):
         tensors = {}
         for module, (rows, columns) in MODULES.items():

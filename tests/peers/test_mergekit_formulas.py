@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from tests.engine.merge import references as ref
 from tests.peers import theirs
 from tests.peers.conftest import GOLDENS
-from tests.peers.inputs import ALPHA, MODULES, RANK, SHAPES, digest
+from tests.peers.inputs import ALPHA, MODULES, RANK, SHAPES, TOKENS, digest
 
 Models = dict[str, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="session")
 def models(peer_inputs: Path) -> Models:
-    return {name: load_file(peer_inputs / name / "model.safetensors") for name in ("base", "a", "b")}
+    return {name: load_file(peer_inputs / name / "model.safetensors") for name in TOKENS}
 
 
 def golden(case: str) -> dict[str, torch.Tensor]:
@@ -132,6 +132,17 @@ def test_dare_drops_half_and_rescales_to_the_old_l1_norm(models: Models) -> None
             assert factor == pytest.approx(2, rel=0.2), name
         kept, total = kept + int((mask & some).sum()), total + int(some.sum())
     assert kept / total == pytest.approx(0.5, abs=5 * (0.25 / total) ** 0.5)
+
+
+def test_tokens_are_merged_by_name_where_a_model_lacks_them(models: Models) -> None:
+    """tokenizer_source base: a model without a token counts as unchanged there, and the others still add theirs."""
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        base, a, c = f64(models, name, "base", "a", "c")
+        deltas = [a - base, np.zeros_like(base)]
+        for row, token in enumerate(TOKENS["base"]):
+            if token in TOKENS["c"]:
+                deltas[1][row] = c[TOKENS["c"].index(token)] - base[row]
+        ref.linear(base, deltas, [0.5, 0.25]).assert_rounded(golden("vocabulary")[name], name)
 
 
 def merged_loras(models: Models, peer_inputs: Path, name: str) -> list[torch.Tensor]:

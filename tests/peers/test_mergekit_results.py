@@ -22,7 +22,7 @@ from engine.merge.recipe import parse
 from tests.engine.merge import references as ref
 from tests.peers.cases import CASES
 from tests.peers.conftest import GOLDENS
-from tests.peers.inputs import SHAPES
+from tests.peers.inputs import SHAPES, TOKENS
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,6 +38,7 @@ DIFFERS = {
     "ties_bf16": (0.02, 0.3),  # bf16 deltas at the threshold, bf16 sums
     "lora": (0.1, 0.5),  # base+adapter rounded to bf16 first, bf16 sums
     "lora_slerp": (0.05, 0.5),  # base+adapter rounded to bf16 first
+    "vocabulary": (0.01, 0.014),  # rows of the 4 tokens of 40 that one model lacks
     "dare_linear": (0.6, 0.85),  # other draws: equal where both drop it, a quarter
 }
 
@@ -59,12 +60,14 @@ class Exact:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.facts = facts["cases"]
-        self.models = {name: load_file(folder / name / "model.safetensors") for name in ("base", "a", "b")}
+        self.models = {name: load_file(folder / name / "model.safetensors") for name in TOKENS}
         self.loras = {name: ref.deltas(folder / name) for name in ("pt", "sft")}
 
     def __call__(self, case: str, name: str) -> ref.Exact:
         own, shared = self.facts[case][name]["models"], self.facts[case][name]["shared"]
         base, a, b = (ref.as_float64(self.models[model][name]) for model in ("base", "a", "b"))
+        if case == "vocabulary":
+            return self._of_other_tokens(name, base, a)
         weights = [values["weight"] for values in own.values() if "weight" in values]
         densities = [values["density"] for values in own.values() if "density" in values]
         scale, deltas = shared.get("lambda", 1.0), [a - base, b - base]
@@ -82,6 +85,17 @@ class Exact:
                 return ref.dare_ties(base, deltas, weights, densities, draws, scale, shared["normalize"])
             return ref.dare_linear(base, deltas, weights, densities, draws, scale)
         return ref.linear(base, deltas, weights, scale)
+
+    def _of_other_tokens(self, name: str, base: ref.Array, a: ref.Array) -> ref.Exact:
+        """Rows of tokens that all have, by token; the others are the base's."""
+        c = ref.as_float64(self.models["c"][name])
+        if len(c) == len(base):
+            return ref.linear(base, [a - base, c - base], [0.5, 0.25])
+        here = np.array([token in TOKENS["c"] for token in TOKENS["base"]])
+        rows = [TOKENS["c"].index(token) for token, both in zip(TOKENS["base"], here, strict=True) if both]
+        deltas = [np.where(here[:, None], a - base, 0.0), np.zeros_like(base)]
+        deltas[1][here] = c[rows] - base[here]
+        return ref.linear(base, deltas, [0.5, 0.25])
 
     def _of_adapters(
         self, case: str, name: str, base: ref.Array, weights: list[float], shared: dict[str, Any]
