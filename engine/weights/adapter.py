@@ -339,6 +339,11 @@ def _check_complete(
                 "not saved whole",
                 "without its magnitudes a DoRA cannot be merged; save it again",
             )
+        if pair.magnitude is not None and not options.use_dora:
+            raise BadAdapterError(
+                f"{file.path}: {pair.module} has a lora_magnitude_vector, and {options.path} does not say use_dora",
+                "PEFT would drop the magnitudes; if it was trained as DoRA, set use_dora to true there",
+            )
         if options.lora_bias and pair.bias is None and not pair.embedding and pair.module in factors:
             raise BadAdapterError(
                 f"{file.path}: {options.path} says lora_bias, and {pair.module} has no lora_B.bias"

@@ -150,9 +150,11 @@ def test_torchtunes_pickles_are_named(variant: MakeVariant, tmp_path: Path) -> N
         Adapter.open(folder)
 
 
-def test_magnitudes_without_use_dora_are_dora(variant: MakeVariant, tmp_path: Path) -> None:
-    case = variant("dora")
-    same_merge(rewritten(case.adapter, tmp_path / "a", use_dora=False), case.adapter, case.base)
+def test_magnitudes_without_use_dora_are_refused(variant: MakeVariant, tmp_path: Path) -> None:
+    """PEFT would drop them without a word; torchtune's configs never say use_dora."""
+    folder = rewritten(variant("dora").adapter, tmp_path / "a", drop=("use_dora",))
+    with pytest.raises(BadAdapterError, match=r"has a lora_magnitude_vector, and .* does not say use_dora"):
+        Adapter.open(folder)
 
 
 def test_unsloths_grouped_experts(variant: MakeVariant, tmp_path: Path) -> None:
