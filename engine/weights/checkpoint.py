@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BadModelError
-from engine.weights.tensorfile import TensorFile, TensorInfo, file_sha256, no_duplicates, open_regular
+from engine.weights.tensorfile import TensorFile, TensorInfo, file_sha256, no_duplicates, read_regular
 
-_MAX_JSON = 64 << 20  # bytes of a config or an index; the largest known index has 9 MB
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -193,11 +192,8 @@ def read_json(
 ) -> dict[str, Any]:
     """A JSON object from a file, or `error_class` naming the file. `unique`: no name may be there twice."""
     try:
-        with open_regular(path) as file:
-            data = file.read(_MAX_JSON + 1)
-        if len(data) > _MAX_JSON:
-            raise error_class(f"{path} has more than {_MAX_JSON} bytes, too many for what it should be", hint)
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates if unique else None)
+        text = read_regular(path).decode("utf-8")
+        value = json.loads(text, object_pairs_hook=no_duplicates if unique else None)
     except FileNotFoundError as error:
         raise error_class(f"{path} is missing", hint) from error
     except (OSError, ValueError, RecursionError) as error:

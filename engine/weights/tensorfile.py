@@ -30,6 +30,7 @@ ITEM_SIZE = {
     "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8,
 }  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+MAX_TEXT = 64 << 20  # bytes of a config or an index; the largest known index has 9 MB
 _MAX_HEADER = 32 << 20  # bytes; the format allows 100 MB, and 90,000 tensors need 12
 _MAX_MARKS = 4_000_000  # brackets, braces and commas in a header: what JSON costs in memory goes with them
 _MAX_DIMENSIONS = 32
@@ -121,6 +122,17 @@ def open_regular(path: Path) -> BinaryIO:
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise OSError(code, "it is no regular file", str(path))
     return file
+
+
+def read_regular(path: Path, most: int = MAX_TEXT) -> bytes:
+    """A whole small file (a config, an index). Raises OSError: not a regular file, or more than `most` bytes."""
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(
+            errno.EFBIG, f"it has more than {most} bytes, too many for what it should be", str(path)
+        )
+    return data
 
 
 def _read_header(path: Path) -> tuple[bytes, bytes, int]:
