@@ -133,16 +133,18 @@ def _shared(opened: Mapping[str, Adapter], pair: tuple[str, str]) -> list[str]:
 def overlap(first: LoraFactor, second: LoraFactor) -> Overlap:
     """Compare two deltas of one module of shape (out, in); costs O((out + in) r^2) and SAMPLED_ROWS rows."""
     a1, b1, a2, b2 = (read_rows(info).astype(np.float64) for info in (first.a, first.b, second.a, second.b))
-    inner = first.scale * second.scale * float(np.sum((b1.T @ b2) * (a1 @ a2.T)))
+    columns = (b1.T @ b1, b2.T @ b2, b1.T @ b2)
+    rows = (a1 @ a1.T, a2 @ a2.T, a1 @ a2.T)
+    inner = first.scale * second.scale * float(np.sum(columns[2] * rows[2]))
     squares = (
-        first.scale**2 * float(np.sum((b1.T @ b1) * (a1 @ a1.T))),
-        second.scale**2 * float(np.sum((b2.T @ b2) * (a2 @ a2.T))),
+        first.scale**2 * float(np.sum(columns[0] * rows[0])),
+        second.scale**2 * float(np.sum(columns[1] * rows[1])),
     )
     picked = np.unique(np.linspace(0, b1.shape[0] - 1, SAMPLED_ROWS).astype(np.int64))
     x, y = b1[picked] @ a1, b2[picked] @ a2
     there = (x != 0) & (y != 0)
     return Overlap(
-        inner, squares, principal_angles(b1, b2), principal_angles(a1.T, a2.T),
+        inner, squares, principal_angles(b1, b2, columns), principal_angles(a1.T, a2.T, rows),
         int(np.count_nonzero(((x < 0) != (y < 0)) & there)), int(np.count_nonzero(there)),
     )  # fmt: skip
 

@@ -3,7 +3,11 @@
 Two spaces of dimensions p <= q in n dimensions have p principal angles, 0 (a shared direction) to 90 degrees.
 With orthonormal bases Q_1 and Q_2 their cosines are the singular values of Q_1^T Q_2 and their sines those of
 Q_2 - Q_1 Q_1^T Q_2; small angles are taken from the sines, since arccos near 1 keeps half the digits only
-(Knyazev and Argentati 2002, as scipy.linalg.subspace_angles). Called by engine/merge/interference.py.
+(Knyazev and Argentati 2002, as scipy.linalg.subspace_angles).
+
+Where all angles are wide and the factors well conditioned the bases are not needed: with Gram matrices
+G_ij = M_i^T M_j and Cholesky factors G_ii = L_i L_i^T the cosines are the singular values of
+L_1^-1 G_12 L_2^-T, right to about eps * cond(G). Called by engine/merge/interference.py.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float64]
+Grams = tuple[Matrix, Matrix, Matrix]  # M_1^T M_1, M_2^T M_2, M_1^T M_2
+_WELL_CONDITIONED = 1e-6  # smallest over largest eigenvalue of a Gram matrix
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,15 @@ class Angles:
         return statistics.fmean(math.cos(math.radians(d)) ** 2 for d in self.degrees) if self.degrees else 0.0
 
 
-def principal_angles(first: Matrix, second: Matrix) -> Angles:
+def principal_angles(first: Matrix, second: Matrix, grams: Grams | None = None) -> Angles:
     """Angles between the column spaces of first (n, r1) and second (n, r2), float64; costs O(n (r1 + r2)^2).
 
     Zero and repeated columns do not count: the spaces are spanned by the singular vectors with singular values
-    above rounding.
+    above rounding. `grams`: their Gram matrices, where the caller has them already.
     """
+    wide = _wide_angles(*(grams or (first.T @ first, second.T @ second, first.T @ second)))
+    if wide is not None:
+        return Angles(wide, max(first.shape[1], second.shape[1]) / first.shape[0])
     one, two = _basis(first), _basis(second)
     if one.shape[1] < two.shape[1]:
         one, two = two, one
@@ -59,6 +68,20 @@ def principal_angles(first: Matrix, second: Matrix) -> Angles:
         sines = np.linalg.svd(rest, compute_uv=False)[::-1]
         angles = np.where(small, np.arcsin(np.minimum(sines, 1.0)), angles)
     return Angles(tuple(sorted(float(x) for x in np.degrees(angles))), one.shape[1] / first.shape[0])
+
+
+def _wide_angles(one: Matrix, two: Matrix, across: Matrix) -> tuple[float, ...] | None:
+    """The angles from Gram matrices; None where those cannot tell them well: bases decide then."""
+    for gram in (one, two):
+        values = np.linalg.eigvalsh(gram)
+        if not values[0] > _WELL_CONDITIONED * values[-1]:
+            return None
+    left = np.linalg.solve(np.linalg.cholesky(one), across)
+    both = np.linalg.solve(np.linalg.cholesky(two), left.T)
+    cosines = np.linalg.svd(both, compute_uv=False)
+    if cosines[0] ** 2 >= 0.5:
+        return None
+    return tuple(sorted(float(x) for x in np.degrees(np.arccos(cosines))))
 
 
 def _basis(matrix: Matrix) -> Matrix:

@@ -120,7 +120,7 @@ def test_spaces_that_are_apart_nested_or_empty() -> None:
     assert space(doubled, axes[:, 1:2]) == (pytest.approx(0, abs=1e-30), 0.1)
 
 
-@pytest.mark.parametrize("shape", [(40, 5, 5), (40, 3, 7), (12, 8, 6), (30, 6, 1)])
+@pytest.mark.parametrize("shape", [(40, 5, 5), (40, 3, 7), (12, 8, 6), (30, 6, 1), (900, 4, 6)])
 def test_angles_are_scipys(shape: tuple[int, int, int]) -> None:
     n, r1, r2 = shape
     rng = np.random.default_rng(n + r1)
@@ -212,7 +212,7 @@ class Counting(np.ndarray):
     def __array_function__(self, function: Any, types: Any, args: Any, keywords: Any) -> Any:
         plain = [x.view(np.ndarray) if isinstance(x, Counting) else x for x in args]
         found = function(*plain, **keywords)
-        if function in (np.linalg.qr, np.linalg.svd):
+        if function in (np.linalg.qr, np.linalg.svd, np.linalg.cholesky, np.linalg.eigvalsh, np.linalg.solve):
             rows, columns = sorted(plain[0].shape, reverse=True)
             Counting.flops += 4 * rows * columns**2
             return [self._counted(x, False, []) for x in found] if isinstance(found, tuple) else found
