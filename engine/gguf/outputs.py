@@ -136,7 +136,7 @@ def write_ggufs(
         results = []
         for kind, target in files.items():
             compare_tokens(partials[kind], conversion.model.folder)
-            verdict = _verify(source, partials[kind], events, threads) if verify else None
+            verdict = _verify(source, partials[kind], events, threads, pre) if verify else None
             results.append(_finish(kind, target, partials[kind], verdict))
     return results
 
@@ -164,17 +164,16 @@ def _quantise(
             whole.unlink(missing_ok=True)
 
 
-def _verify(source: Path | Mixture, partial: Path, events: EventWriter, threads: int | None) -> GgufVerdict:
+def _verify(
+    source: Path | Mixture, partial: Path, events: EventWriter, threads: int | None, pre: str
+) -> GgufVerdict:
     if not isinstance(source, Mixture):
-        return verify_gguf(partial, source, {}, None, events, threads=threads)
+        return verify_gguf(partial, source, {}, None, events, threads=threads, pre=pre)
     several = source.by_tensor()
-    weights = {
-        label: own if not isinstance(own, Mapping) else next(iter(own.values()), 0.0)
-        for label, own in source.weights.items()
-    }
+    weights = {k: 0.0 if isinstance(own, Mapping) else float(own) for k, own in source.weights.items()}
     return verify_gguf(
         partial, source.base, source.adapters, weights, events,
-        per_tensor_weights=several or None, threads=threads,
+        per_tensor_weights=several or None, threads=threads, pre=pre,
     )  # fmt: skip
 
 

@@ -141,7 +141,18 @@ def render_gguf(result: dict[str, Any]) -> str:
         )
     if not result["ok"]:
         lines += _findings(result) + _worst(result["per_module"])
-    return "\n".join([*lines, *(f"note: {plain(warning)}" for warning in result["warnings"])])
+    lines += [f"note: {plain(str(warning))}" for warning in result["warnings"]]
+    return "\n".join([*lines, *_lost(result)])
+
+
+def _lost(result: dict[str, Any]) -> list[str]:
+    """A word on what the types leave of the weights, where it is more than 2% of one."""
+    asked, loss = result["asked"] or result["guessed_weights"] or {}, result["rounding_loss"] or {}
+    shares = {label: loss[label] / asked[label] for label in asked if asked[label] and loss.get(label)}
+    if not result["ok"] or not any(abs(share) > 0.02 for share in shares.values()):
+        return []
+    words = ", ".join(f"{label} {share:.0%}" for label, share in shares.items())
+    return [f"note: these types are too coarse for part of the deltas and lose of them: {words}"]
 
 
 def _findings(result: dict[str, Any]) -> list[str]:

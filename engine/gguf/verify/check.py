@@ -57,6 +57,7 @@ def verify_gguf(
     events: EventWriter,
     per_tensor_weights: PerTensor | None = None,
     threads: int | None = None,
+    pre: str = "",
 ) -> GgufVerdict:
     """Say whether a GGUF holds base + sum_k weights[k] * delta_k in its types, and which weights are in it.
 
@@ -66,8 +67,10 @@ def verify_gguf(
         adapters: PEFT LoRA folders by label (plain low-rank changes), or none.
         weights: what was asked, by label; None to ask what is in there.
         events: progress in bytes of the GGUF.
-        per_tensor_weights: weights that differ by tensor, {label: {base tensor name: weight}}.
+        per_tensor_weights: weights that differ by tensor, {label: {base tensor name: weight}}; a tensor not
+            named has the label's weight in `weights`.
         threads: tensors at once; by default the number of processors, 4 at most (each needs about 50 MB).
+        pre: the pre-tokenizer the file should name, where it is not what is recognised.
 
     Raises:
         BadTensorFileError, BadModelError, BadAdapterError: an input that cannot be read or does not fit.
@@ -89,7 +92,7 @@ def verify_gguf(
     checkpoint = Checkpoint.open(base)
     architecture = Architecture.of(checkpoint)
     pairing = pair_tensors(file, checkpoint, architecture, read_all_deltas(checkpoint, adapters))
-    findings, notes = check_metadata(file, checkpoint, architecture)
+    findings, notes = check_metadata(file, checkpoint, architecture, pre)
     pairing.findings += findings
     pairing.warnings += notes
     _drop_unreadable(pairing)
@@ -106,6 +109,7 @@ def verify_gguf(
     evidence = Evidence(
         file, checkpoint, labels, stats, pairing, pieces, route, imatrix,
         asked=dict(weights) if weights is not None else None, guessed=guessed, guess_fits=fits,
+        by_tensor=bool(per_tensor_weights),
     )  # fmt: skip
     return conclude(evidence, time.monotonic() - started)
 

@@ -46,6 +46,7 @@ class Evidence:
     asked: dict[str, float] | None
     guessed: dict[str, float] | None
     guess_fits: bool
+    by_tensor: bool  # weights differ by tensor: what was asked of all is their fit
 
     @property
     def touched(self) -> list[TensorStats]:
@@ -104,7 +105,7 @@ def conclude(evidence: Evidence, seconds: float) -> GgufVerdict:
     verdict = Verdict(
         findings=tuple(findings),
         message=message,
-        asked=evidence.asked if labels else None,
+        asked=_asked(evidence, whole) if labels else None,
         expected_weights=expected if labels else None,
         effective_weights=fitted if labels else None,
         rounding_loss=_named(labels, whole.asked - whole.expected) if labels else None,
@@ -133,6 +134,10 @@ def conclude(evidence: Evidence, seconds: float) -> GgufVerdict:
         label: float(e) if np.isfinite(e) else None for label, e in zip(labels, whole.error, strict=True)
     }
     return GgufVerdict(verdict, errors if labels else None, _format(evidence))
+
+
+def _asked(evidence: Evidence, whole: Fit) -> dict[str, float] | None:
+    return _named(whole.labels, whole.asked) if evidence.by_tensor else evidence.asked
 
 
 def _changed(changed: Sequence[TensorStats]) -> list[Finding]:
@@ -303,7 +308,7 @@ def _message(evidence: Evidence, whole: Fit, findings: Sequence[Finding]) -> str
     by_way = f", by way of a {evidence.route} checkpoint" if evidence.route else ""
     if not evidence.labels:
         return f"every tensor is that of {evidence.base.name}, within the bound of its format ({kind})"
-    asked = evidence.asked or evidence.guessed or {}
+    asked = _asked(evidence, whole) or evidence.guessed or {}
     recipe = ", ".join(f"{label} {weight:g}" for label, weight in asked.items())
     return (
         f"every tensor is within its format's bound ({kind}) of the base with {recipe}{by_way}; "

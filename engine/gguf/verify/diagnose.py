@@ -62,7 +62,7 @@ def explain(stats: Sequence[TensorStats], labels: tuple[str, ...]) -> list[Findi
         if found is None:
             break
         taken += [i for i in weak if _count(pieces[i], _weights(found, wrong[i]), route) <= LEFT * asked[i]]
-        findings.append(_named(found, [wrong[i] for i in taken], stats))
+        findings.append(_named(found, route, [wrong[i] for i in taken], stats))
         left, weak = ([i for i in some if i not in taken] for some in (left, weak))
     rest = [wrong[i] for i in left + weak]
     return findings + (_unexplained(rest, stats, labels) if rest else [])
@@ -127,15 +127,22 @@ def _exchanged(a: str, b: str, asked: Float64Array, own: tuple[str, ...]) -> Flo
     return result
 
 
-def _named(mistake: Mistake, tensors: Sequence[TensorStats], stats: Sequence[TensorStats]) -> Finding:
-    """The mistake's finding; where other tensors that it would concern are right, it was made in part."""
+def _named(
+    mistake: Mistake, route: str, tensors: Sequence[TensorStats], stats: Sequence[TensorStats]
+) -> Finding:
+    """The mistake's finding; where tensors that it would concern are clearly right, it was made in part."""
     finding = mistake.finding
-    concerned = [
+    right = [
         tensor
         for tensor in stats
-        if not np.allclose(mistake.weights(tensor.weights, tensor.pair.labels), tensor.weights)
+        if not tensor.wrong and not np.allclose(_weights(mistake, tensor), tensor.weights)
     ]
-    if len(tensors) == len(concerned) or not any(not tensor.wrong for tensor in concerned):
+    pieces = draw([tensor.pair for tensor in right])
+    # deltas far below the type's steps fit the mistake as well: such a tensor says nothing
+    if all(
+        _count(piece, _weights(mistake, tensor), route) < FEW
+        for piece, tensor in zip(pieces, right, strict=True)
+    ):
         return finding
     modules = shortened([tensor.pair.source.name.removesuffix(".weight") for tensor in tensors])
     if finding.code in ("base_unchanged", "missing"):

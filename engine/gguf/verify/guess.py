@@ -26,7 +26,8 @@ def guess_weights(pieces: Sequence[Piece], labels: tuple[str, ...]) -> tuple[dic
     """
     best, error = least_squares(pieces, labels)
     reach = 4 * error + _SHRINK * np.abs(best)
-    thin = [piece.thin(max(1, sum(p.x.size for p in pieces) // _THIN)) for piece in pieces]
+    whole = sum(piece.x.size for piece in pieces)
+    thin = [piece.thin(max(1, whole // _THIN)) for piece in pieces]
     elements = sum(piece.x.size for piece in thin)
     for digits in DIGITS:
         step = 10.0**-digits
@@ -39,9 +40,8 @@ def guess_weights(pieces: Sequence[Piece], labels: tuple[str, ...]) -> tuple[dic
         counts = [_left(thin, labels, grid[i]) for i in near]
         fewest = int(np.argmin(counts))
         best = grid[near[fewest]]
-        if counts[fewest] <= ACCEPTED * elements:
-            if _left(pieces, labels, best) <= ACCEPTED * sum(piece.x.size for piece in pieces):
-                return dict(zip(labels, best.tolist(), strict=True)), True
+        if counts[fewest] <= ACCEPTED * elements and _left(pieces, labels, best) <= ACCEPTED * whole:
+            return dict(zip(labels, best.tolist(), strict=True)), True
         reach = np.full(len(labels), step)
     return dict(zip(labels, best.tolist(), strict=True)), False
 

@@ -27,8 +27,8 @@ NEEDED = (
 IMATRIX = "quantize.imatrix.file"
 
 
-def expected_metadata(base: Checkpoint, architecture: Architecture) -> dict[str, Any]:
-    """Every key of architecture and tokenizer as the converter would write it for this checkpoint.
+def expected_metadata(base: Checkpoint, architecture: Architecture, pre: str = "") -> dict[str, Any]:
+    """Every key of architecture and tokenizer as the converter would write it; `pre` names the pre-tokenizer.
 
     Raises BadModelError: no tokenizer, or one of a kind that cannot be in a GGUF.
     """
@@ -36,25 +36,35 @@ def expected_metadata(base: Checkpoint, architecture: Architecture) -> dict[str,
 
     writer = gguf.GGUFWriter(None, architecture.name)
     architecture.write(writer)
-    tokenizer = Tokenizer.of(base, architecture, pre="")
+    tokenizer = Tokenizer.of(base, architecture, pre)
     tokenizer.write(writer)
     return {key: value.value for part in writer.kv_data for key, value in part.items()}
 
 
 def check_metadata(
-    file: GgufFile, base: Checkpoint, architecture: Architecture
+    file: GgufFile, base: Checkpoint, architecture: Architecture, pre: str = ""
 ) -> tuple[list[Finding], list[str]]:
-    """Findings with detail "config", "tokenizer" or "chat_template", and notes."""
+    """Findings with detail "config", "tokenizer" or "chat_template", and notes.
+
+    A pre-tokenizer that is not recognised is taken from the file, with a note.
+    """
     findings: list[Finding] = []
     notes: list[str] = []
+    if not (base.folder / "tokenizer.json").is_file():
+        return [], [f"{base.folder.name} has no tokenizer.json: metadata and tokenizer were not compared"]
     try:
-        expected = expected_metadata(base, architecture)
+        expected = expected_metadata(base, architecture, pre)
     except BadModelError as error:
-        if (base.folder / "tokenizer.json").is_file():
+        own = str(file.metadata.get("tokenizer.ggml.pre", ""))
+        try:
+            expected = expected_metadata(base, architecture, own or "default")
+        except BadModelError:
             return [
                 Finding("not_checkable", "tokenizer", f"the tokenizer cannot be judged: {error.message}")
             ], []
-        return [], [f"{base.folder.name} has no tokenizer.json: the GGUF's tokenizer was not compared"]
+        notes.append(
+            f"the pre-tokenizer's name was not compared ({own}): the base's is none that is known here"
+        )
     config: list[str] = []
     tokenizer: list[str] = []
     for key, right in expected.items():

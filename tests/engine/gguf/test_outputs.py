@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from engine.gguf import mixture as mixtures
 from engine.gguf import outputs
 from engine.gguf.mixture import Mixture
 from engine.gguf.outputs import gguf_paths, write_ggufs
+from engine.gguf.reader import GgufFile
+from engine.gguf.verify import verify_gguf
 from engine.jobs.events import EventWriter
 from engine.weights.tensorfile import file_sha256
 from tests.conftest import MakeAdapter
@@ -69,6 +72,38 @@ def test_several_types_at_once_are_those_made_one_by_one(family: Family, tmp_pat
         alone = tmp_path / f"alone-{result.type}.gguf"
         write_ggufs(mixture(family), {result.type: alone}, EventWriter(), verify=False)
         assert file_sha256(alone) == result.sha256
+
+
+def test_weights_by_tensor(family: Family, tmp_path: Path) -> None:
+    """As a plan gives them: every tensor by name; a tensor that is not named has weight 0."""
+    names = [f"model.layers.{n}.mlp.{part}_proj.weight" for n in range(2) for part in ("up", "down", "gate")]
+    weights = {"pt": dict.fromkeys(names, 0.5), "sft": {names[0]: 0.25}}
+    what = Mixture(family.base, family.adapters, weights, {"pt": {"mlp": 0.5}, "sft": {"layers 0-0": 0.25}})
+    result = write_ggufs(what, {"q8_0": tmp_path / "m.gguf"}, EventWriter())[0]
+    assert result.verdict is not None and result.verdict.ok
+    asked = result.verdict.verdict.asked or {}
+    assert 0.1 < asked["pt"] < 0.5 and 0 < asked["sft"] < 0.25  # what these weights fit to over all modules
+    fields = GgufFile.open(result.path).metadata
+    assert json.loads(fields["medmerge.source"])["adapters"]["pt"]["weight"] == {"mlp": 0.5}
+
+
+def test_a_pre_tokenizer_named_by_the_user(family: Family, tmp_path: Path) -> None:
+    """An equal pre-tokenizer written in a way that is not recognised, named with --pre: made, verified, and read
+    later without --pre as far as it can be."""
+    base = shutil.copytree(family.base, tmp_path / "base")
+    raw = json.loads((base / "tokenizer.json").read_text())
+    raw["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Split", "pattern": {"String": "no such text"}, "behavior": "Isolated",
+                           "invert": False}, raw["pre_tokenizer"]],
+    }  # fmt: skip
+    (base / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(BadModelError, match="none that is known"):
+        write_ggufs(base, {"q8_0": tmp_path / "m.gguf"}, EventWriter())
+    result = write_ggufs(base, {"q8_0": tmp_path / "m.gguf"}, EventWriter(), pre="gpt-2")[0]
+    assert result.exit_code == 0
+    later = verify_gguf(result.path, base, {}, None, EventWriter())
+    assert later.ok and any("pre-tokenizer" in note for note in later.verdict.warnings)
 
 
 def test_of_a_finished_merge(family: Family, tmp_path: Path) -> None:
@@ -149,8 +184,6 @@ def test_space_for_all_files_is_needed_before_the_first(
 def test_refusals_before_anything_is_written(
     family: Family, make_adapter: MakeAdapter, families: dict[str, Family], tmp_path: Path
 ) -> None:
-    import json
-
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -167,6 +167,24 @@ def test_an_adapter_applied_in_part(families: Families, tmp_path: Path, name: st
     assert first.code == "partly_applied" and "layers.1" in first.detail and "layers.0" not in first.detail
 
 
+def test_a_tensor_that_says_nothing_is_not_called_right(families: Families, tmp_path: Path) -> None:
+    """One module's delta is far below the type's steps: that module fits the base and the mixture alike."""
+    from safetensors.torch import load_file, save_file
+
+    adapters = {}
+    for label, folder in families["llama"].adapters.items():
+        adapters[label] = shutil.copytree(folder, tmp_path / label)
+        state = load_file(adapters[label] / "adapter_model.safetensors")
+        for key, value in state.items():
+            if "layers.1.mlp.down_proj.lora_B" in key:
+                value *= 1e-6
+        save_file(state, adapters[label] / "adapter_model.safetensors", {"format": "pt"})
+    family = Family(families["llama"].base, adapters)
+    verdict = check(to_gguf(family.base, tmp_path / "m.gguf", "q4_k_m"), family, ASKED)
+    assert codes(verdict) == ["base_unchanged"]
+    assert "blk.1.ffn_down.weight" not in verdict.verdict.tensors_wrong
+
+
 @pytest.mark.parametrize("name, kind", [("llama", "q8_0"), ("qwen3", "q4_k_m")])
 def test_something_else_inside(families: Families, tmp_path: Path, name: str, kind: str) -> None:
     import torch
