@@ -78,6 +78,22 @@ EXPORT EVERY_PROCESSOR void medverify_compare(const uint16_t *base, const uint16
     counts[0] = unequal, counts[1] = same, counts[2] = ideal;
 }
 
+/* out = share w + sum of a[k] d_k, of those elements that `kept` (one mask for each, or null) says. */
+EXPORT EVERY_PROCESSOR void medverify_combine(const float *w, float share, const float *const *d, const float *a,
+                                              const uint8_t *const *kept, int64_t entries, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = share * w[i];
+    for (int64_t k = 0; k < entries; k++) {
+        const float *x = d[k];
+        float by = a[k];
+        if (kept) {
+            const uint8_t *mask = kept[k];
+            for (int64_t i = 0; i < n; i++) out[i] += mask[i] ? by * x[i] : 0;
+        } else {
+            for (int64_t i = 0; i < n; i++) out[i] += by * x[i];
+        }
+    }
+}
+
 /* Sign election: out = w + lam * sum of agreeing weights[k] d_k (divided by the sum of their own[k]).
  * d_k counts where |d_k| >= limits[k], and where kept (entries * n, or null) says so. */
 EXPORT EVERY_PROCESSOR void medverify_elect(const float *const *d, int64_t entries, int64_t n, const float *base,

@@ -33,6 +33,8 @@ from engine.weights.tensorfile import TensorFile, TensorInfo
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIXES = ("base_model.model.", "_orig_mod.", "module.")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_TEXT_MODELS = ("model.language_model.", "language_model.model.", "language_model.")
 _LORA = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_A|lora_B|lora_magnitude_vector)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?P<end>\.weight|\.bias)?"
@@ -132,7 +134,7 @@ class _Reader:
 
     def _split(self, key: str) -> tuple[str, str | None]:
         """("model.layers.0.mlp.up_proj", "lora_A") from a key; the part is None for what is not used."""
-        name, before = key, ""
+        name, before = _WRAPPERS.sub("", key), ""
         while name != before:
             before = name
             for prefix in _PREFIXES:
@@ -157,6 +159,10 @@ class _Reader:
         """The base tensor of a module; tools differ in whether the model's own prefix stands in front."""
         names = [f"{module}.{end}", f"model.{module}.{end}", f"{module.removeprefix('model.')}.{end}"]
         names += [f"transformer.{module}.{end}", f"{module.removeprefix('transformer.')}.{end}"]
+        for prefix in _TEXT_MODELS:  # vision models hold a text model, under names that changed over time
+            bare = module.removeprefix(prefix)
+            names += [f"{bare}.{end}", f"model.{bare}.{end}"] if bare != module else []
+            names += [f"{prefix}{module.removeprefix('model.')}.{end}"]
         return next((name for name in names if reference(self.base, name) is not None), names[0])
 
     def terms(self) -> Iterator[Term]:
@@ -206,8 +212,8 @@ class _Reader:
         straight, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
         if held is not None and straight != turned and held.shape in (straight, turned):
             return held.shape == turned
-        conv = self.base.config.get("model_type") in _CONV1D_MODELS
-        return bool(_CONV1D.fullmatch(f".{module}")) if conv else self.config.fan_in_fan_out
+        conv = self.base.config.get("model_type") in _CONV1D_MODELS  # PEFT sets fan_in_fan_out back elsewhere
+        return conv and _CONV1D.fullmatch(f".{module}") is not None
 
     def _whole(self, module: str, parts: dict[str, TensorInfo]) -> Iterator[Term]:
         for end in ("weight", "bias"):

@@ -15,7 +15,7 @@ import numpy as np
 from engine.merge.verify.asked import LINEAR
 from engine.merge.verify.bits import BLOCK_ELEMENTS, raw_rows, widen_bits
 from engine.merge.verify.formulas import Block, Elements, Formula, NewRows, Task, make_formula
-from engine.merge.verify.quick import Compared, compare, rounded
+from engine.merge.verify.quick import Compared, combine, compare, linear, rounded
 from engine.merge.verify.rounding import Array, Float32Array, Float64Array, round_to
 from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.terms import Loaded, Part
@@ -92,14 +92,20 @@ def _measure_block(
     new: bool = False,
 ) -> None:
     """Add one block to `stats`. `new`: rows the base has not, which say nothing about weights."""
-    wanted = formula.value32(block)
-    compared = _compare(stats, task.base.dtype, block, raw, wanted)
-    merged = widen_bits(raw, stats.dtype) if stats.linear or compared.unequal else block.base
+    compared = _linear(stats, task, block, raw) if stats.linear and not new else None
+    ready = compared is not None
+    if compared is None:
+        compared = _compare(stats, task.base.dtype, block, raw, formula.value32(block))
+    merged = block.base
+    if compared.unequal or (stats.linear and not ready):
+        merged = widen_bits(raw, stats.dtype)
     stats.unchanged += compared.unchanged
     stats.ideal_unchanged += compared.ideal_unchanged
     error = compared.error
     with np.errstate(invalid="ignore", over="ignore"):
-        if stats.linear and not new:  # what float32 would lose of a small delta beside a large W stays
+        if (
+            stats.linear and not new and not ready
+        ):  # what float32 would lose of a small delta beside a large W stays
             error = merged - block.base
             if stats.base_share != 1.0:
                 error -= np.float32(stats.base_share - 1.0) * block.base
@@ -120,6 +126,14 @@ def _measure_block(
     where = np.flatnonzero(compared.differs)
     for start in range(0, where.size, _JUDGED):
         _judge(stats, task, formula, roundings, block, merged, error, where[start : start + _JUDGED])
+
+
+def _linear(stats: TensorStats, task: Task, block: Block, raw: Array) -> Compared | None:
+    """The comparison and E in one pass, where base and merge are BF16 and the loops are compiled."""
+    if block.bits is None or not task.base.dtype == stats.dtype == "BF16":
+        return None
+    change = combine(block.base, 0.0, block.deltas, stats.asked)
+    return linear(block.bits, raw, change, stats.base_share - 1.0, np.empty_like(change))
 
 
 def _compare(stats: TensorStats, base_dtype: str, block: Block, raw: Array, wanted: Float32Array) -> Compared:

@@ -55,7 +55,7 @@ def expert_terms(
         elif turned is None:
             turned = base.config.get("model_type") in ("gpt_oss", "llama4", "llama4_text")
         scale = config.scale(f"{module}.{name}", a.shape[0] // experts)
-        yield ExpertDelta(label, tensor.name, a, b, scale, experts, turned)
+        yield ExpertDelta(label, tensor.name, a, b, scale, experts, turned, config.grouped_experts)
 
 
 def _means(target: str, module: str) -> bool:
@@ -90,5 +90,5 @@ def _apart(
         for i, kind in enumerate(kinds):
             yield Delta(
                 label, f"{owner}.{expert}.{kind}.weight", a, b, scale, False,
-                expert=expert, experts=experts, rows=(i * rows, (i + 1) * rows),
+                expert=expert, experts=experts, rows=(i * rows, (i + 1) * rows), grouped=config.grouped_experts,
             )  # fmt: skip

@@ -25,7 +25,7 @@ import numpy as np
 
 from engine.merge.verify.asked import LINEAR
 from engine.merge.verify.draws import Draws
-from engine.merge.verify.quick import dots, elect
+from engine.merge.verify.quick import combine, dots, elect
 from engine.merge.verify.rounding import Array, Float32Array, Float64Array
 from engine.merge.verify.stats import UNIT
 from engine.merge.verify.terms import Loaded, Part, Term
@@ -142,14 +142,8 @@ class Linear:
             self.coefficients = self.coefficients / np.where(task.densities > 0, task.densities, 1.0)
 
     def value32(self, block: Block) -> Float32Array:
-        total = block.base * np.float32(self.task.base_share)
         _drop(block, self.draws, self.task)
-        for k, (a, delta) in enumerate(zip(self.coefficients, block.deltas, strict=True)):
-            part = delta * np.float32(a)
-            if self.draws:
-                part *= block.kept[k]
-            total += part
-        return total
+        return combine(block.base, self.task.base_share, block.deltas, self.coefficients, block.kept)
 
     def ways(self, block: Block, at: Elements) -> Iterator[Way]:
         deltas = at.deltas
@@ -229,9 +223,8 @@ class Slerp:
         return other
 
     def value32(self, block: Block) -> Float32Array:
-        p, q = self._ends(block.base, block.deltas)
         one, two, _ = self.choices[0]
-        return np.asarray(np.float32(one) * p + np.float32(two) * q)
+        return combine(block.base, one + two, block.deltas, np.array([one, two]) * self.w)
 
     def ways(self, block: Block, at: Elements) -> Iterator[Way]:
         p, q = self._ends(at.base, at.deltas)

@@ -57,10 +57,6 @@ class LoraConfig:
         return cls(path, values)
 
     @property
-    def fan_in_fan_out(self) -> bool:
-        return bool(self.values.get("fan_in_fan_out"))
-
-    @property
     def token_indices(self) -> dict[str, list[int]]:
         """trainable_token_indices by the end of the module's name ("" for the input embedding)."""
         value = self.values.get("trainable_token_indices") or {}
@@ -70,6 +66,11 @@ class LoraConfig:
             return {str(name): [int(i) for i in indices] for name, indices in value.items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise BadAdapterError(f"{self.path}: trainable_token_indices is {value!r}") from error
+
+    @property
+    def grouped_experts(self) -> bool:
+        """Unsloth's lora_B_layout: whether B of fused experts lies expert by expert."""
+        return self.values.get("lora_B_layout") == "grouped_by_expert"
 
     @property
     def target_parameters(self) -> list[str]:

@@ -77,6 +77,42 @@ def widen_bf16(raw: Array) -> Float32Array:
     return out
 
 
+def difference(raw: Array, base: Float32Array) -> Float32Array | None:
+    """BF16 bits minus W, float32 of W's shape. None: take numpy."""
+    library = _library()
+    if library is None:
+        return None
+    out = np.empty_like(base)
+    library.medverify_difference(raw.ctypes.data, base.ctypes.data, raw.size, out.ctypes.data)
+    return out
+
+
+def combine(
+    base: Float32Array,
+    share: float,
+    deltas: Sequence[Float32Array],
+    coefficients: Float64Array,
+    kept: Sequence[Array] = (),
+) -> Float32Array:
+    """share W + sum a_k d_k, of the elements that stay where masks are given."""
+    library, out = _library(), np.empty_like(base)
+    if library is not None:
+        rows, masks = [np.ascontiguousarray(d) for d in deltas], [np.ascontiguousarray(m) for m in kept]
+        numbers = np.ascontiguousarray(coefficients, np.float32)
+        library.medverify_combine(
+            base.ctypes.data, share, _pointers(rows), numbers.ctypes.data, _pointers(masks) if masks else None,
+            len(rows), base.size, out.ctypes.data,
+        )  # fmt: skip
+        return out
+    np.multiply(base, np.float32(share), out=out)
+    for k, (a, delta) in enumerate(zip(coefficients, deltas, strict=True)):
+        part = delta * np.float32(a)
+        if kept:
+            part *= kept[k]
+        out += part
+    return out
+
+
 def elect(
     base: Float32Array,
     deltas: Sequence[Float32Array],
@@ -213,6 +249,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "difference": [_P, _P, _L, _P],
     "linear": [_P, _P, _P, _F, _L, _P, _P, _P],
     "compare": [_P, _P, _P, _L, _P, _P, _P],
+    "combine": [_P, _F, _P, _P, _P, _L, _L, _P],
     "elect": [_P, _L, _L, _P, _P, _P, _P, _P, _I, _F, _P],
     "sizes": [_P, _L, _P, _P],
     "sizes_within": [_P, _L, ctypes.c_uint32, _P],

@@ -89,6 +89,7 @@ class Delta:
     expert: int = 0  # which of the `experts` whose factors A and B hold
     experts: int = 1
     rows: tuple[int, int] | None = None  # the rows of B that are this tensor's
+    grouped: bool = False  # B's columns lie expert by expert (Unsloth), not rank by rank (PEFT)
 
     @property
     def rank(self) -> int:
@@ -113,7 +114,7 @@ class Delta:
         if self.rows is not None:
             b = b[slice(*self.rows)]
         if self.experts > 1:
-            b = np.ascontiguousarray(b[:, self.expert :: self.experts])
+            b = np.ascontiguousarray(b[:, _columns(self.expert, self.experts, self.rank, self.grouped)])
         if self.stored_transposed:
             return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
         return b, a
@@ -159,7 +160,8 @@ class Product:
 class ExpertDelta:
     """Low-rank changes of a fused tensor in PEFT's `target_parameters` layout (peft.tuners.lora.ParamWrapper).
 
-    A is (experts * r, in), expert by expert; B is (out, r * experts) with the expert running fastest.
+    A is (experts * r, in), expert by expert; B is (out, r * experts) with the expert running fastest, or slowest
+    where `grouped`.
     """
 
     label: str
@@ -169,6 +171,7 @@ class ExpertDelta:
     scale: float
     experts: int
     stored_transposed: bool  # the base holds (experts, in, out)
+    grouped: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -184,11 +187,16 @@ class ExpertDelta:
         rank = a.shape[0] // self.experts
         parts = []
         for expert in range(self.experts):
-            left, right = b[:, expert :: self.experts], a[expert * rank : (expert + 1) * rank]
+            left = b[:, _columns(expert, self.experts, rank, self.grouped)]
+            right = a[expert * rank : (expert + 1) * rank]
             if self.stored_transposed:
                 left, right = right.T, left.T
             parts.append(LowRank(np.ascontiguousarray(left), np.ascontiguousarray(right), self.scale))
         return _Stacked(parts, self.shape[1])
+
+
+def _columns(expert: int, experts: int, rank: int, grouped: bool) -> slice:
+    return slice(expert * rank, (expert + 1) * rank) if grouped else slice(expert, None, experts)
 
 
 class _Stacked:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import BadAdapterError
-from engine.merge.verify.bits import read_block
+from engine.merge.verify.bits import raw_rows, read_block, widen_bits
+from engine.merge.verify.quick import difference
 from engine.merge.verify.rounding import Array, Float32Array
 from engine.merge.verify.terms import Delta, Exact, Loaded, LowRank, Part, Term, finite_rows
 from engine.weights.tensorfile import TensorInfo
@@ -51,7 +52,13 @@ class _Difference:
     largest = 0.0  # a difference is rounded once, in the same way by everyone
 
     def block(self, first: int, base: Float32Array) -> Part:
-        return _DifferencePart(self._values(first, base), base)
+        if self.rows is None and self.values.dtype == "BF16" and self.values.rows >= first + len(base):
+            raw = raw_rows(self.values, first, len(base))
+            dense = difference(raw, base)
+            if dense is not None:
+                return _DifferencePart(raw, "BF16", base, dense)
+        values = self._values(first, base)
+        return _DifferencePart(values.reshape(-1).view(np.uint32), "F32", base, values - base)
 
     def _values(self, first: int, base: Float32Array) -> Float32Array:
         if self.rows is None:
@@ -67,12 +74,11 @@ class _Difference:
 
 
 class _DifferencePart:
-    def __init__(self, values: Float32Array, base: Float32Array) -> None:
-        self.values, self.base = values.reshape(-1), base.reshape(-1)
-        self.dense = values - base
+    def __init__(self, bits: Array, dtype: str, base: Float32Array, dense: Float32Array) -> None:
+        self.bits, self.dtype, self.base, self.dense = bits, dtype, base.reshape(-1), dense
 
     def exact(self, where: Array) -> Exact:
-        value = self.values[where].astype(np.float64) - self.base[where]
+        value = widen_bits(self.bits[where], self.dtype).astype(np.float64) - self.base[where]
         return value, np.abs(value)
 
 

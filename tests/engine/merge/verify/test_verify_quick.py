@@ -77,6 +77,26 @@ def test_elect(use: Reload, entries: int, normalize: bool, masked: bool) -> None
     np.testing.assert_allclose(results[1], results[0], rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_combine(use: Reload, masked: bool) -> None:
+    base, deltas = normal(0, 1300), normal(1, 2, 1300)
+    kept = list(normal(2, 2, 1300) > 0) if masked else []
+    masks = kept or [np.ones(1300, bool)] * 2
+    wanted = 0.5 * base.astype(np.float64) + 0.25 * deltas[0] * masks[0] - 3.0 * deltas[1] * masks[1]
+    for kind in ("plain", ""):
+        use(kind)
+        found = quick.combine(base, 0.5, list(deltas), np.array([0.25, -3.0]), kept)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_difference(use: Reload) -> None:
+    use("")
+    x, w = bf16(normal(0, 77)), normal(1, 77)
+    found = quick.difference(x, w)
+    assert found is not None
+    np.testing.assert_array_equal(found, (x.astype(np.uint32) << 16).view(np.float32) - w)
+
+
 def test_dots(use: Reload) -> None:
     base, one, two = normal(0, 1003), normal(1, 1003), normal(2, 1003)
     p, q = base.astype(np.float64) + 0.5 * one, base.astype(np.float64) + 0.25 * two
