@@ -32,10 +32,9 @@ from engine.weights.tensorfile import ITEM_SIZE
 SAMPLED_TENSORS = 12
 SAMPLED_ELEMENTS = 1 << 15  # per tensor
 LOSS_WORTH_SAYING = 0.02
-_PROBE_BYTES = 16_000_000
+_PROBE_BYTES = 1 << 26
 _FIXED_MEMORY = 55_000_000  # interpreter and numpy
 _FIXED_SECONDS = 0.3  # to start a process
-_COPY_TIME = 1 / 4e9  # seconds to read and write one byte that only moves
 
 Float64 = npt.NDArray[np.float64]
 
@@ -144,26 +143,27 @@ def _middle(tensor: TensorPlan, files: OpenFiles) -> tuple[Block, Any]:
 
 
 def seconds(plan: Plan, parent: Path, workers: int) -> float | None:
-    """Seconds to merge: the slower of computing (measured on one tensor's blocks) and writing (a nameless file)."""
-    write = _write_rate(parent)
-    if write is None:
+    """Seconds to merge: the slower of the processors' work (tried on blocks of one tensor) and the disk's."""
+    tried = _try_writing(parent)
+    if tried is None:
         return None
+    copying, durable = tried
     per_byte = 0.0
     if plan.changed:
         with OpenFiles() as files:
             per_byte = _compute_time(max(plan.changed, key=lambda t: t.source.nbytes), plan, files)
     changed = sum(tensor.source.nbytes for tensor in plan.changed)
     hashed = plan.bytes_read + plan.bytes_written
-    compute = changed * per_byte + hashed * _hash_time() + (plan.base.nbytes - changed) * _COPY_TIME
+    work = changed * per_byte + hashed * _hash_time() + plan.bytes_written * copying
     cores = max(1, min(workers, len(os.sched_getaffinity(0))))
-    return round(_FIXED_SECONDS + max(compute / cores, plan.bytes_written / write), 2)
+    return round(_FIXED_SECONDS + max(work / cores, plan.bytes_written * durable), 2)
 
 
 def _hash_time() -> float:
     """Seconds to hash one byte."""
     import hashlib
 
-    probe = bytes(_PROBE_BYTES // 4)
+    probe = bytes(_PROBE_BYTES // 16)
     started = time.perf_counter()
     hashlib.sha256(probe).digest()
     return (time.perf_counter() - started) / len(probe)
@@ -191,18 +191,23 @@ def _compute_time(tensor: TensorPlan, plan: Plan, files: OpenFiles) -> float:
     return best / sum(block.elements * size for block in blocks)
 
 
-def _write_rate(folder: Path) -> float | None:
-    """Bytes a second of durable writing in a folder, tried with a file that never gets a name; None: cannot."""
+def _try_writing(folder: Path) -> tuple[float, float] | None:
+    """Seconds for a byte to be handed to the system, and to be on the disk, by a file that never gets a name.
+
+    None where the folder cannot be written, or has no such files.
+    """
     try:
         descriptor = os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600)
     except (OSError, AttributeError):
         return None
     try:
-        block = os.urandom(1 << 20) * (_PROBE_BYTES >> 20)
+        block = os.urandom(1 << 20)
         started = time.perf_counter()
-        os.write(descriptor, block)
+        for _ in range(_PROBE_BYTES >> 20):
+            os.write(descriptor, block)
+        handed = time.perf_counter() - started
         os.fdatasync(descriptor)
-        return len(block) / (time.perf_counter() - started)
+        return handed / _PROBE_BYTES, (time.perf_counter() - started) / _PROBE_BYTES
     except OSError:
         return None
     finally:

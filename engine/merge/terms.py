@@ -31,6 +31,7 @@ class Loaded:
     vector: Float32 | None = None  # Addition: scale * x; Dora: m
     column_norms: Float32 | None = None  # Dora on a transposed weight
     inner: list[Loaded] = field(default_factory=list)  # Sum: its parts
+    sharp: bool = False  # into float32: X - W first, as (1 - w) W + w X would lose bits of a small change
 
     @property
     def dense(self) -> bool:
@@ -39,8 +40,8 @@ class Loaded:
 
     @property
     def whole(self) -> bool:
-        """Whether it brings a tensor X of its own: d = X - W."""
-        return isinstance(self.part.change, Replacement)
+        """Whether it is summed as w X, with the reference counting w less, instead of w (X - W)."""
+        return isinstance(self.part.change, Replacement) and not self.sharp
 
     @property
     def needs_columns(self) -> bool:
@@ -154,7 +155,7 @@ class Loaded:
 
 def load(part: Part, tensor: TensorPlan, files: OpenFiles, alone: bool) -> Loaded:
     """Read what a part stores. `alone`: its own product is needed, not only the stacked one of `stack`."""
-    loaded = Loaded(part, tensor.source, files, part.weight)
+    loaded = Loaded(part, tensor.source, files, part.weight, sharp=tensor.target.dtype == "F32")
     match part.change:
         case Sum() as several:
             loaded.inner = [

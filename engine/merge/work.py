@@ -263,7 +263,7 @@ class Work:
     def _bin(self, i: int, counts: Int64) -> tuple[int, int]:
         """The histogram bin of the k-th largest |d|, and which of that bin's elements it is (from 1)."""
         loaded = self._parts[i]
-        keep = max(1, int(loaded.part.density * self.tensor.source.elements))
+        keep = max(1, min(int(loaded.part.density * self.tensor.source.elements), int(counts.sum())))
         above = np.cumsum(counts[::-1])
         place = int(np.searchsorted(above, keep))
         if place >= HIGH_BINS:
