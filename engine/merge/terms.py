@@ -155,7 +155,7 @@ class Loaded:
 
 def load(part: Part, tensor: TensorPlan, files: OpenFiles, alone: bool) -> Loaded:
     """Read what a part stores. `alone`: its own product is needed, not only the stacked one of `stack`."""
-    loaded = Loaded(part, tensor.source, files, part.weight, sharp=tensor.target.dtype == "F32")
+    loaded = Loaded(part, tensor.source, files, part.weight, sharp=tensor.target.dtype == "F32" and not alone)
     match part.change:
         case Sum() as several:
             loaded.inner = [
