@@ -129,7 +129,7 @@ def _bound(at: Elements, coefficients: Float64Array, base_share: float, deltas: 
     size = (abs(base_share) + strengths.sum(axis=0)) * np.abs(at.base) + (strengths * np.abs(deltas)).sum(
         axis=0
     )
-    return np.asarray((len(at.deltas) + 6) * UNIT * size + (strengths * at.errors).sum(axis=0))
+    return np.asarray((len(at.deltas) + 8) * UNIT * size + (strengths * at.errors).sum(axis=0))
 
 
 class Linear:

@@ -1,8 +1,10 @@
 """The inner loops of a measurement: compiled (_verify.c) where an install could build it, else numpy.
 
 Both find which elements equal our own float32 result, rounded; neither decides that an element is wrong. The
-environment variable MEDMERGE_KERNEL=plain asks for numpy. The code is the verifier's own: it shares nothing with the
-merge's kernel.
+compiled loops also let pass a rounding of a value two units (2^-24 of it each) away: our sums of K terms are within
+K + 6 units of v, those of R ranks within R + 3, and the bounds e of formulas.py and measure.py are at least two units
+wider. What hangs on a tie then needs no float64. The environment variable MEDMERGE_KERNEL=plain asks for numpy. The
+code is the verifier's own: it shares nothing with the merge's kernel.
 """
 
 from __future__ import annotations
