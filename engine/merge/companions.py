@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from engine.merge.plan import Plan, longer
+from engine.merge.layout import longer
+from engine.merge.plan import Plan
 from engine.merge.recipe import DTYPES
 from engine.merge.vocabulary import is_table
 from engine.weights import Checkpoint

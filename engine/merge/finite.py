@@ -7,7 +7,7 @@ import numpy as np
 from engine.errors import BadAdapterError, BadModelError
 from engine.merge.kernel import kernel
 from engine.merge.kernel.plain import LARGEST, Buffer, widen
-from engine.merge.plan import TensorPlan
+from engine.merge.layout import TensorPlan
 from engine.merge.work import Block
 from engine.weights.changes import Replacement
 from engine.weights.tensorfile import read_rows

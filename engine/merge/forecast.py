@@ -21,9 +21,11 @@ import numpy.typing as npt
 from engine.jobs.events import EventWriter
 from engine.merge.files import OpenFiles
 from engine.merge.kernel.plain import narrow, widen
-from engine.merge.plan import Plan, TensorPlan
+from engine.merge.layout import TensorPlan
+from engine.merge.plan import Plan
 from engine.merge.recipe import LINEAR
-from engine.merge.stream import block_elements, blocks_of, default_threads
+from engine.merge.schedule import block_elements, blocks_of
+from engine.merge.stream import default_threads
 from engine.merge.terms import load
 from engine.merge.work import Block, Buffers, Work
 from engine.weights.changes import Experts, LoraFactor

@@ -62,13 +62,18 @@ def run_plan(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """params: merged, base, adapters {label: path}, weights {label: number} or None, manifest (bool).
 
-    With `manifest` only the hashes of an earlier merge are checked, and nothing else is needed.
+    Without a base the merge's own manifest says what was asked, by any method. With `manifest` only the hashes of
+    an earlier merge are checked, and nothing else is needed.
     """
     load_numpy_single_threaded()
     if params.get("manifest"):
         from engine.merge.manifest_check import check_manifest
 
         return check_manifest(Path(params["merged"]), events)
+    if not params.get("base"):
+        from engine.merge.again import verify_again
+
+        return verify_again(Path(params["merged"]), events)
     from engine.merge.verify import verify_merge
 
     verdict = verify_merge(

@@ -76,7 +76,7 @@ def check_manifest(folder: Path, events: EventWriter) -> dict[str, Any]:
     wanted = [_Named("output", folder / n, sha) for n, sha in manifest["output"]["files"].items()]
     places: dict[str, Path] = {}
     for part, described in _inputs(manifest):
-        places[part] = _place(folder, described)
+        places[part] = place_of_input(folder, described)
         if str(places[part]) != described["path"] and places[part].is_dir():
             moved.append({"part": part, "path": str(places[part])})
         wanted += [_Named(part, places[part] / n, sha) for n, sha in described["files"].items()]
@@ -113,7 +113,7 @@ def _inputs(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{key.removesuffix('s')} {label}", described
 
 
-def _place(folder: Path, described: dict[str, Any]) -> Path:
+def place_of_input(folder: Path, described: dict[str, Any]) -> Path:
     """Where an input lies: where it was, else as far from the merge as it was then."""
     there = Path(described["path"])
     if there.is_absolute() and _is(there, "folder"):

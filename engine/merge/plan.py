@@ -1,75 +1,25 @@
 """The recipe resolved tensor by tensor: which changes and numbers, where every byte goes, before any is written.
 
-Where dtype, shapes and names stay, a shard's header is the input's own, byte for byte, so every offset is known;
-otherwise the new header is laid out here. `engine.merge.stream` executes a Plan, `engine.merge.forecast` adds
-what it will cost.
+`engine.merge.numbers` gives every tensor its weights, `engine.merge.layout` its place; `engine.merge.stream`
+executes a Plan, `engine.merge.forecast` adds what it will cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BadAdapterError, BadRecipeError
+from engine.errors import BadRecipeError
 from engine.merge import inputs as opened
-from engine.merge.inputs import MERGEABLE_DTYPES, Inputs, open_inputs
-from engine.merge.recipe import DTYPES, TRIMS, Entry, Recipe
-from engine.merge.selectors import DEFAULT, Spec, layer_count, level_at, matches, resolve
-from engine.merge.vocabulary import Rows, is_table
-from engine.weights import Adapter, Checkpoint, LoraFactor, TensorFile, TensorInfo
-from engine.weights.changes import Change, Dora, Replacement, Sum
-from engine.weights.tensorfile import ITEM_SIZE, encode_header
-
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One entry's share in one tensor. `change` None: the entry is the reference there, its delta is 0."""
-
-    label: str
-    weight: float  # as it counts: after normalize, and times lambda where the method is linear
-    change: Change | None
-    density: float = 1.0
-    rows: Rows | None = None  # vocabulary tables: the row of each of our tokens in the entry's, -1 for none
-
-    @property
-    def factor(self) -> LoraFactor:
-        """The low-rank pair. Raises BadAdapterError where the change is another kind."""
-        if not isinstance(self.change, LoraFactor):
-            raise BadAdapterError(f"adapter {self.label}: its change is no low-rank pair")
-        return self.change
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the output: where it is read, where it is written, what is done (nothing: copied)."""
-
-    source: TensorInfo
-    target: TensorInfo
-    parts: tuple[Part, ...] = ()
-    base_weight: float = 1.0  # what the reference counts before the parts: 1, or a sum of weights
-    t: float = 0.5  # slerp only
-
-    @property
-    def copied(self) -> bool:
-        """Its bytes are the input's: nothing is added and the dtype stays."""
-        same = self.source.dtype == self.target.dtype and self.source.shape == self.target.shape
-        return not self.parts and same and self.base_weight == 1.0
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One output file: same name as the input shard. `header` is the 8 length bytes and the JSON."""
-
-    source: TensorFile
-    name: str
-    header: bytes
-    tensors: tuple[TensorPlan, ...]
-    size: int
+from engine.merge import numbers
+from engine.merge.inputs import Inputs, open_inputs
+from engine.merge.layout import EMBEDDINGS, HEAD, Layout, Part, ShardPlan, TensorPlan
+from engine.merge.recipe import DTYPES, TRIMS, Recipe
+from engine.merge.selectors import DEFAULT, layer_count, resolve
+from engine.weights import Adapter, Checkpoint, LoraFactor
+from engine.weights.changes import Dora
 
 
 @dataclass(frozen=True)
@@ -80,9 +30,7 @@ class Plan:
     inputs: Inputs
     shards: tuple[ShardPlan, ...]
     weights: dict[str, dict[str, float]]  # label -> tensor name -> weight as asked, zeros included
-    counted: dict[
-        str, dict[str, float]
-    ]  # the same as they count: after normalize and lambda of linear methods
+    counted: dict[str, dict[str, float]]  # the same as they count: after normalize, and lambda where linear
     densities: dict[str, dict[str, float]]  # the same for density; empty where the method trims nothing
     selectors: dict[str, dict[str, int]]  # label -> selector -> number of tensors it decided
     untied: bool  # the output stores a head of its own where the base shares its embeddings
@@ -224,11 +172,11 @@ def make_plan(recipe: Recipe) -> Plan:
         names = list(inputs.changes[entry.label]) or whole
         weights[entry.label], selectors[entry.label] = resolve(entry.weights, names, entry.label, layers)
         if recipe.method in TRIMS:
-            densities[entry.label] = _densities(entry, recipe, names, layers)
-    counted, base_weights = _counted(recipe, weights)
-    t = _t_of(recipe, inputs, layers) if recipe.method == "slerp" else {}
+            densities[entry.label] = numbers.densities(entry, recipe, names, layers)
+    counted, base_weights = numbers.counted(recipe, weights)
+    t = numbers.t_of(recipe, inputs, layers) if recipe.method == "slerp" else {}
     parts = {
-        name: _parts(name, recipe, inputs, counted, densities)
+        name: numbers.parts(name, recipe, inputs, counted, densities)
         for name in dict.fromkeys(name for changed in inputs.changes.values() for name in changed)
     }
     untied = inputs.reference.tied and any(
@@ -258,138 +206,6 @@ def refuse_overlap(recipe: Recipe) -> None:
             raise BadRecipeError(
                 f"the output {recipe.output} {relation} {what} ({path})", "choose a folder outside the inputs"
             )
-
-
-def _densities(entry: Entry, recipe: Recipe, names: Sequence[str], layers: int) -> dict[str, float]:
-    """An entry's own density must match its tensors; the recipe's is for all entries together."""
-    if entry.density is not None:
-        return resolve(entry.density, names, entry.label, layers, "density")[0]
-    return {name: _lenient(recipe.parameters.density, name, layers, "density") for name in names}
-
-
-def _t_of(recipe: Recipe, inputs: Inputs, layers: int) -> dict[str, float]:
-    names = dict.fromkeys(name for changed in inputs.changes.values() for name in changed)
-    return resolve(recipe.parameters.t, names, "parameters", layers, "t")[0]
-
-
-def _lenient(spec: Spec, name: str, layers: int, what: str) -> float:
-    winner = DEFAULT if DEFAULT in spec else None
-    for selector in spec:
-        if selector != DEFAULT and matches(selector, name):
-            winner = selector
-    if winner is None:
-        raise BadRecipeError(f"parameters.{what} gives {name} no number", "add `default: NUMBER` to it")
-    return level_at(spec[winner], winner, name, layers)
-
-
-def _counted(
-    recipe: Recipe, asked: dict[str, dict[str, float]]
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """The weights that count after normalize and lambda, where the method is linear in them; else those asked.
-
-    Also what the reference counts by tensor, where that is not 1: a linear merge of models is
-    sum w_k X_k = (sum w_k) W + sum w_k (X_k - W).
-    """
-    weights = {label: dict(own) for label, own in asked.items()}
-    base_weights: dict[str, float] = {}
-    if recipe.method not in ("linear", "task_arithmetic", "soup", "dare_linear"):
-        return weights, base_weights
-    for name in dict.fromkeys(name for own in weights.values() for name in own):
-        having = [own for own in weights.values() if name in own]
-        total = sum(own[name] for own in having)
-        if recipe.normalize and abs(total) < 1e-8:
-            raise BadRecipeError(
-                f"the weights of {name} add up to {total:g}, and normalize divides by that",
-                "change the weights, or set parameters.normalize: false",
-            )
-        if not recipe.normalize and recipe.models and recipe.method == "linear":
-            base_weights[name] = total
-        for own in having:
-            own[name] *= recipe.parameters.lam / (total if recipe.normalize else 1.0)
-    return weights, base_weights
-
-
-def _parts(
-    name: str,
-    recipe: Recipe,
-    inputs: Inputs,
-    weights: dict[str, dict[str, float]],
-    densities: dict[str, dict[str, float]],
-) -> tuple[Part, ...]:
-    found = []
-    for entry in recipe.entries:
-        change = inputs.changes[entry.label].get(name)
-        weight = weights[entry.label].get(name, 0.0)
-        density = densities.get(entry.label, {}).get(name, 1.0)
-        if recipe.method == "slerp":
-            found.append(
-                Part(
-                    entry.label, weight, change if weight else None, 1.0, inputs.rows.get((entry.label, name))
-                )
-            )
-        elif change is not None and weight != 0.0 and density > 0.0:  # 0 leaves the base's bytes alone
-            found.append(Part(entry.label, weight, change, density, inputs.rows.get((entry.label, name))))
-    return tuple(found) if any(part.change is not None for part in found) else ()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tensors of the output lie."""
-
-    recipe: Recipe
-    parts: dict[str, tuple[Part, ...]]
-    base_weights: dict[str, float]
-    t: dict[str, float]
-    untied: bool
-    has_head: bool  # the input stores a head already, though it says it shares it
-
-    def shard(self, shard: TensorFile) -> ShardPlan:
-        """The output file of one input file, in the same order, with a head of its own where one is needed."""
-        sources = [(tensor.name, tensor) for tensor in shard.tensors.values()]
-        if self.untied and not self.has_head:
-            sources += [(HEAD, tensor) for name, tensor in sources if name.endswith(EMBEDDINGS)]
-        tensors = [(name, self._dtype(source), self._shape(name, source), source) for name, source in sources]
-        same = len(sources) == len(shard.tensors) and all(
-            dtype == source.dtype and shape == source.shape for _, dtype, shape, source in tensors
-        )
-        header = shard.header if same else encode_header([t[:3] for t in tensors], shard.metadata)
-        path, position, planned = self.recipe.output / shard.path.name, len(header), []
-        for name, dtype, shape, source in tensors:
-            target = TensorInfo(name, dtype, shape, path, position, _size(shape) * ITEM_SIZE[dtype])
-            planned.append(
-                TensorPlan(
-                    source,
-                    target,
-                    self.parts.get(name, ()),
-                    self.base_weights.get(name, 1.0) if source.is_float else 1.0,
-                    self.t.get(name, 0.5),
-                )
-            )
-            position += target.nbytes
-        return ShardPlan(shard, shard.path.name, header, tuple(planned), position)
-
-    def _dtype(self, tensor: TensorInfo) -> str:
-        wanted = DTYPES[self.recipe.dtype] if self.recipe.dtype else tensor.dtype
-        return wanted if tensor.dtype in MERGEABLE_DTYPES else tensor.dtype
-
-    def _shape(self, name: str, source: TensorInfo) -> tuple[int, ...]:
-        """The source's shape, with the new tokens of adapters that save a longer table."""
-        parts = [part for part in self.parts.get(name, ()) if part.rows is None]
-        rows = [longer(part.change) for part in parts] if is_table(name) else []
-        return (max([source.shape[0], *rows]), *source.shape[1:]) if rows else source.shape
-
-
-def longer(change: Change | None) -> int:
-    """How many rows a change has of a table saved whole, which may be more than the base has; 0 for others."""
-    saved = change.parts if isinstance(change, Sum) else (change,)
-    return max((part.shape[0] for part in saved if isinstance(part, Replacement) and part.shape), default=0)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
 
 
 def _warnings(

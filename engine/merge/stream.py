@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -29,14 +28,13 @@ from engine.merge.files import OpenFiles, read_all, write_all
 from engine.merge.finite import LIMIT, look_closer, refuse_nan
 from engine.merge.journal import FileHashes, Journal
 from engine.merge.kernel import kernel
-from engine.merge.plan import Plan, ShardPlan, TensorPlan, longer
-from engine.merge.work import Block, Buffers, Work
-from engine.weights.tensorfile import ITEM_SIZE, file_sha256
+from engine.merge.layout import ShardPlan
+from engine.merge.plan import Plan
+from engine.merge.schedule import COPY_BYTES, Task, block_elements, output_tasks, schedule
+from engine.merge.work import Buffers
+from engine.weights.tensorfile import file_sha256
 
-BLOCK_ELEMENTS: int | None = None  # None: what suits the kernel
-COPY_BYTES = 1 << 20
 _AHEAD = 8 << 20  # bytes after which the disk is told to begin
-_LOOKAHEAD = 3  # tensors prepared before the one being written
 
 
 @dataclass(frozen=True)
@@ -46,31 +44,6 @@ class Streamed:
     shards: list[FileHashes]
     others: dict[Path, str]  # SHA-256 of the other models' files
     resumed_bytes: int  # that an earlier, killed run had written
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A block of the output, or a block of a pass before it (`stage` > 0), or the loading of a tensor (no block)."""
-
-    work: Work | None  # None: the tensor's bytes are copied
-    tensor: TensorPlan
-    block: Block | None
-    stage: int = 0
-    index: int = -1  # of the output's blocks, in file order
-
-    @property
-    def hashed(self) -> bool:
-        """Whether its source bytes belong to the shard in order (a new head reads the embeddings again)."""
-        assert self.block is not None
-        inside = self.tensor.copied or self.block.first < self.tensor.source.rows
-        return inside and self.tensor.source.name == self.tensor.target.name
-
-    def span(self, target: bool) -> tuple[int, int]:
-        """Absolute byte offset and length in the target or the source file."""
-        assert self.block is not None
-        info = self.tensor.target if target else self.tensor.source
-        item = 1 if self.tensor.copied else ITEM_SIZE[info.dtype]
-        return info.start + self.block.first * self.block.columns * item, self.block.elements * item
 
 
 class _Stopped(Exception):
@@ -151,11 +124,6 @@ def stream_merge(
         if path.stat().st_mtime_ns != stamp:
             raise BadModelError(f"{path} was changed while it was merged", "is something writing to it?")
     return Streamed(hashes, found, progress.resumed)
-
-
-def block_elements() -> int:
-    """Elements of a block: as many as suit the kernel in use."""
-    return BLOCK_ELEMENTS or kernel().block_elements
 
 
 def default_threads() -> int:
@@ -239,7 +207,7 @@ class _ShardWork:
         self._source = files.descriptor(shard.source.path)
         self._progress, self._journal = progress, journal
         self.source_hash, self.target_hash = _InOrder(), _InOrder()
-        self._tasks: Iterator[_Task] = iter(())
+        self._tasks: Iterator[Task] = iter(())
         self._lock, self._stopped = threading.Lock(), threading.Event()
         widest = max((t.source.columns for t in shard.tensors if not t.copied), default=1)
         self._elements = max(block_elements(), widest)
@@ -264,7 +232,7 @@ class _ShardWork:
     def _skipped(self, done: int) -> tuple[int, int]:
         """How many blocks end at or before `done`, and where the source bytes they were made of end."""
         read = len(self._shard.source.header)
-        for task in _output_tasks(self._shard):
+        for task in output_tasks(self._shard):
             start, size = task.span(target=True)
             if done and start + size == done and task.hashed:
                 offset, length = task.span(target=False)
@@ -315,7 +283,7 @@ class _ShardWork:
                 self._stop()
                 raise
 
-    def _do(self, task: _Task, buffers: Buffers) -> None:
+    def _do(self, task: Task, buffers: Buffers) -> None:
         if task.block is None:
             assert task.work is not None
             task.work.load()
@@ -343,7 +311,7 @@ class _ShardWork:
             look_closer(task.tensor, task.block, data, largest)
         self._finish(task, data.data, out.data)
 
-    def _finish(self, task: _Task, data: memoryview, out: memoryview) -> None:
+    def _finish(self, task: Task, data: memoryview, out: memoryview) -> None:
         """Write a block and take both hashes; other workers compute meanwhile, so the turns cost no time."""
         offset, length = task.span(target=True)
         write_all(self._target, out, offset)
@@ -355,69 +323,3 @@ class _ShardWork:
         if self._journal is not None and task.hashed:
             self._journal.note(self._shard.name, offset + length, state)
         self._progress.add(len(out), task.tensor.target.name)
-
-
-def schedule(plan: Plan, shard: ShardPlan, files: OpenFiles, skip: int) -> Iterator[_Task]:
-    """Every task of a shard in an order in which nobody waits long: output blocks in file order, and before a
-    tensor's blocks, while the tensors ahead of it are written, its loading and its passes.
-
-    Args:
-        skip: output blocks that are on disk already.
-    """
-    outputs: list[list[_Task]] = [[] for _ in shard.tensors]
-    works: list[Work | None] = []
-    blocks: list[list[Block]] = []
-    index = 0
-    for place, tensor in enumerate(shard.tensors):
-        own = list(blocks_of(tensor))
-        inside = [b for b in own if tensor.copied or b.first < tensor.source.rows]
-        blocks.append(inside)
-        work = None if tensor.copied else Work(tensor, plan.recipe, files, len(inside))
-        works.append(work)
-        for block in own:
-            if index >= skip:
-                outputs[place].append(_Task(work, tensor, block, 0, index))
-            index += 1
-    count = len(shard.tensors)
-    for step in range(count + _LOOKAHEAD):
-        for place in range(max(0, step - _LOOKAHEAD), min(step + 1, count)):  # the oldest tensor first
-            work = works[place]
-            behind = step - place
-            if work is None or not outputs[place]:
-                pass
-            elif behind == 0:
-                yield _Task(work, shard.tensors[place], None)
-            elif behind <= work.stages:
-                yield from (_Task(work, shard.tensors[place], block, behind) for block in blocks[place])
-            if behind == _LOOKAHEAD:
-                yield from outputs[place]
-                outputs[place], works[place], blocks[place] = [], None, []  # its factors are free to go
-
-
-def _output_tasks(shard: ShardPlan) -> Iterator[_Task]:
-    index = 0
-    for tensor in shard.tensors:
-        for block in blocks_of(tensor):
-            yield _Task(None, tensor, block, 0, index)
-            index += 1
-
-
-def blocks_of(tensor: TensorPlan) -> Iterator[Block]:
-    """Blocks of whole rows that stay inside one expert, and on one side of where a longer table begins."""
-    source, number = tensor.source, 0
-    if tensor.copied:
-        for first in range(0, source.nbytes, COPY_BYTES):
-            yield Block(number, first, min(COPY_BYTES, source.nbytes - first), 1)
-            number += 1
-        return
-    rows = tensor.target.rows
-    edges = {0, rows, source.rows}
-    edges |= {longer(part.change) for part in tensor.parts if longer(part.change) > source.rows}
-    if len(source.shape) == 3:
-        edges |= set(range(0, rows, source.shape[1]))
-    ordered = sorted(edge for edge in edges if edge <= rows)
-    step = max(1, block_elements() // max(1, source.columns))
-    for begin, end in itertools.pairwise(ordered):
-        for first in range(begin, end, step):
-            yield Block(number, first, min(step, end - first), source.columns)
-            number += 1

@@ -11,7 +11,7 @@ from engine.errors import BadAdapterError
 from engine.merge.files import OpenFiles
 from engine.merge.kernel import kernel
 from engine.merge.kernel.plain import LARGEST, Buffer, Float32, Float64, Packed, widen
-from engine.merge.plan import Part, TensorPlan
+from engine.merge.layout import Part, TensorPlan
 from engine.weights.changes import Addition, Dora, Experts, LoraFactor, Replacement, Sum, TokenRows
 from engine.weights.tensorfile import ITEM_SIZE, TensorInfo, read_rows
 

@@ -23,7 +23,7 @@ import numpy as np
 from engine.merge.files import OpenFiles
 from engine.merge.kernel import kernel
 from engine.merge.kernel.plain import HIGH_BINS, LOW_BINS, SCRATCH, Buffer, Float32, Float64, Int64, Packed
-from engine.merge.plan import Part, TensorPlan, longer
+from engine.merge.layout import Part, TensorPlan, longer
 from engine.merge.recipe import Recipe
 from engine.merge.terms import Loaded, load, stack
 from engine.weights.changes import Dora

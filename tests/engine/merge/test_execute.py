@@ -237,9 +237,9 @@ def test_a_disk_that_fills_up_leaves_nothing(
 SLOW_MERGE = """
     import sys, time
     from engine.jobs import EventWriter
-    from engine.merge import stream
+    from engine.merge import schedule, stream
     from engine.merge.job import run_merge
-    stream.BLOCK_ELEMENTS = 256
+    schedule.BLOCK_ELEMENTS = 256
     add = stream._Progress.add
     def slow(self, count, message):
         add(self, count, message)

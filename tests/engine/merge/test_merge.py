@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.jobs import EventWriter
-from engine.merge import stream
+from engine.merge import schedule, stream
 from engine.merge.execute import merge
 from engine.merge.plan import make_plan
 from engine.merge.recipe import parse
@@ -70,7 +70,7 @@ def test_any_block_size_is_right(
     elements: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(schedule, "BLOCK_ELEMENTS", elements)
     run(tiny_llama, [(adapters[0], 0.3), (adapters[1], -0.7)], tmp_path / "m", threads=3)
     assert_is_merge(tmp_path / "m", tiny_llama, [(adapters[0], 0.3), (adapters[1], -0.7)])
 
@@ -194,7 +194,7 @@ def test_any_weights_any_order_any_threads(
 def test_threads_do_not_change_a_byte(
     tiny_llama: Path, adapters: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", 512)
+    monkeypatch.setattr(schedule, "BLOCK_ELEMENTS", 512)
     hashes = set()
     for threads in (1, 2, 7):
         result = run(

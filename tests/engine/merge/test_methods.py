@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import BadInputError, BadModelError, BadRecipeError
 from engine.jobs import EventWriter
-from engine.merge import stream
+from engine.merge import schedule
 from engine.merge.job import run_merge, run_plan
 from tests.conftest import MakeAdapter
 from tests.engine.merge import references
@@ -201,7 +201,7 @@ def test_threads_and_blocks_do_not_change_dare_and_ties(
     weights = {} if method == "slerp" else WEIGHTS
     found = []
     for threads, elements in ((1, 1 << 17), (4, 700)):
-        monkeypatch.setattr(stream, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(schedule, "BLOCK_ELEMENTS", elements)
         out = tmp_path / f"out-{threads}"
         document = {
             "base": str(tiny_llama), "method": method, "models": entries(models, weights),

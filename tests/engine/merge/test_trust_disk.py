@@ -15,7 +15,7 @@ import pytest
 from engine import atomic
 from engine.errors import BadInputError, MedmergeError, NoSpaceError
 from engine.jobs import EventWriter
-from engine.merge import execute, stream
+from engine.merge import execute, schedule, stream
 from engine.merge.recipe import parse
 from engine.weights.tensorfile import file_sha256
 from tests.conftest import MakeAdapter
@@ -178,7 +178,7 @@ def test_a_write_that_fails_in_the_middle(
             raise OSError(code, os.strerror(code))
         return real(descriptor, data, offset)
 
-    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", 2048)
+    monkeypatch.setattr(schedule, "BLOCK_ELEMENTS", 2048)
     monkeypatch.setattr(os, "pwrite", failing)
     with pytest.raises(error, match=r"m(\.partial/model-.*)?\b") as caught:
         merge(tiny_llama_sharded, pt, tmp_path / "m", note_every=10_000)

@@ -31,11 +31,11 @@ REHEARSAL = """
     from engine.merge.job import load_numpy_single_threaded
     load_numpy_single_threaded()
     from engine.jobs import EventWriter
-    from engine.merge import execute, stream
+    from engine.merge import execute, schedule, stream
     from engine.merge.recipe import parse
     import engine.merge.verify
 
-    stream.BLOCK_ELEMENTS, stream.COPY_BYTES = 512, 700
+    schedule.BLOCK_ELEMENTS, schedule.COPY_BYTES = 512, 700
     fork = get_context("fork")
     lock = threading.Lock()
     PATCHED = ("pwrite", "fsync", "fdatasync", "ftruncate")
