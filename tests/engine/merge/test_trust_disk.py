@@ -15,7 +15,7 @@ import pytest
 from engine import atomic
 from engine.errors import BadInputError, MedmergeError, NoSpaceError
 from engine.jobs import EventWriter
-from engine.merge import execute, schedule, stream
+from engine.merge import execute, schedule
 from engine.merge.recipe import parse
 from engine.weights.tensorfile import file_sha256
 from tests.conftest import MakeAdapter
