@@ -20,9 +20,11 @@ def add_parser(commands: Commands) -> None:
         "is a merge what was asked, and which weights are really in it",
         description="Reads a merged folder or a GGUF file back and compares every element with what the weights "
         "ask for, a GGUF's within the bound of its types. Exit code 0: every element is right; 1: it is not what "
-        "was asked, and the findings say how; 4: it could not tell. Without weights it answers what is in there; a "
-        "GGUF with --base alone is compared with that checkpoint.",
+        "was asked, and the findings say how; 4: it could not tell. A folder alone is held against its own "
+        "medmerge.json, whatever the method. Adapters without weights: it answers what is in there. A GGUF with "
+        "--base alone is compared with that checkpoint.",
         examples=(
+            "  medmerge verify merges/m\n"
             "  medmerge verify merges/m --base B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7\n"
             "  medmerge verify merges/m --base B --adapter pt=adapters/pt --adapter sft=adapters/sft\n"
             "  medmerge verify m.gguf --base B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7\n"
@@ -54,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if merged.is_file():
         return _run_gguf(args, merged)
     params: dict[str, Any] = {"merged": str(merged), "manifest": bool(args.manifest)}
-    if not args.manifest:
+    alone = not args.base and not args.adapter  # then its own manifest says what was asked
+    if not args.manifest and not alone:
         params |= _question(args)
     title = f"{'hashes of' if args.manifest else 'verify'} {merged.name}"
     spec = JobSpec("verify", "engine.merge.job:run_verify", params, title, command_line(args.argv))
@@ -106,10 +109,13 @@ def render(result: dict[str, Any]) -> str:
     """A verdict for people: the sentence, the three marks per adapter, what does not fit."""
     mark = "✓" if result["ok"] else "?" if result["exit_code"] == 4 else "✗"
     lines = [f"{mark} {plain(str(result['message']))}", ""]
-    lines += [_weights_table(result), ""]
+    residual = ""
+    if result["effective_weights"]:  # methods that are not linear have none
+        lines += [_weights_table(result), ""]
+        floor = _number(result["rounding_floor"])
+        residual = f"residual {_number(result['residual'])}, where rounding leaves {floor} · "
     lines.append(
-        f"residual {_number(result['residual'])}, where rounding leaves {_number(result['rounding_floor'])}"
-        f" · {result['elements_differing']:,} of {result['elements_checked']:,} elements differ"
+        f"{residual}{result['elements_differing']:,} of {result['elements_checked']:,} elements differ"
         f" · {result['unchanged_share']:.1%} are still the base's ({plain(str(result['dtype']))})"
     )
     if not result["ok"]:
@@ -188,8 +194,8 @@ def _worst(modules: list[dict[str, Any]]) -> list[str]:
         [
             module["name"],
             f"{module['differing'] / module['elements']:.2%}",
-            " / ".join(f"{w:.3f}" for w in module["found"].values()),
-            f"{module['residual']:.3f}",
+            " / ".join(f"{w:.3f}" for w in (module["found"] or {}).values()) or "-",
+            "-" if module["residual"] is None else f"{module['residual']:.3f}",
         ]
         for module in bad[:MODULES_SHOWN]
     ]

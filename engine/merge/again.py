@@ -1,0 +1,56 @@
+"""Verify a finished merge once more by its own manifest. Called by engine/merge/job.py (`medmerge verify DIR`).
+
+The manifest says what was asked; the verdict is made anew from the files as they are now.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.errors import BadInputError
+from engine.jobs.events import EventWriter
+from engine.merge.execute import NOT_WEIGHTS, asked_of
+from engine.merge.manifest import NAME, read_manifest
+from engine.merge.manifest_check import place_of_input
+from engine.merge.plan import make_plan
+from engine.merge.recipe import parse
+
+
+def verify_again(merged: Path, events: EventWriter) -> dict[str, Any]:
+    """The verdict's JSON, with exit_code, for any method and any weights. Writes nothing.
+
+    Raises:
+        BadInputError: no manifest, or a merged adapter, whose files `--manifest` checks.
+        BadRecipeError, BadModelError, BadAdapterError: the recipe or an input cannot be read any more.
+    """
+    from engine.merge.verify import verify_merge
+
+    manifest = read_manifest(merged)
+    if manifest["output"].get("kind", "checkpoint") != "checkpoint":
+        raise BadInputError(
+            f"{merged} is a merged adapter: its weights are checked only while it is made",
+            "medmerge verify --manifest checks that its files are still the same",
+        )
+    plan = make_plan(parse(recipe_where_it_lies(merged, manifest), str(merged / NAME), []))
+    verdict = verify_merge(
+        merged, plan.recipe.base, {}, None, events, allow_extra_files=NOT_WEIGHTS, asked=asked_of(plan)
+    )
+    return {**verdict.to_json(), "exit_code": verdict.exit_code}
+
+
+def recipe_where_it_lies(merged: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's recipe, its inputs where they are now (a workspace may have been moved as a whole)."""
+    recipe = dict(manifest["recipe"])
+    if manifest.get("base"):
+        recipe["base"] = str(place_of_input(merged, manifest["base"]))
+    for kind in ("adapters", "models"):
+        described = manifest.get(kind) or {}
+        if recipe.get(kind):
+            recipe[kind] = {
+                label: {**entry, "path": str(place_of_input(merged, described[label]))}
+                if label in described
+                else entry
+                for label, entry in recipe[kind].items()
+            }
+    return recipe
