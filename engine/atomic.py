@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.claim import NO_SPACE, claim, start_time
+from engine.claim import NO_SPACE, claim, remove_dead_lock, start_time
 from engine.errors import BadInputError, MedmergeError, NoSpaceError, TargetExistsError
 
 __all__ = [
@@ -75,8 +75,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise TargetExistsError when there is anything at `target`."""
+    """Raise TargetExistsError when there is anything at `target`. A dead writer's lock beside it is removed."""
     if target.exists() or target.is_symlink():
+        remove_dead_lock(partial_path(target))
         raise TargetExistsError(
             f"{target} is already there",
             "results are never overwritten: choose another name or remove it yourself",

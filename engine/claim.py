@@ -114,6 +114,13 @@ def claim(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def remove_dead_lock(path: Path) -> None:
+    """Remove the lock of a holder that was killed after `path` had got its own name. A living one's stays."""
+    if lock_path(path).exists() and not path.exists():  # beside a leftover the lock says whose it is
+        with contextlib.suppress(BadInputError, NoSpaceError), claim(path):
+            pass
+
+
 def _acquire(lock: Path, path: Path) -> tuple[int, bool]:
     """(descriptor of the held lock file, whether it names a former holder)."""
     me = Owner.me().encode()  # beforehand: the lock is without a name for as short as can be

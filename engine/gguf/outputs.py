@@ -157,7 +157,7 @@ def _quantise(
             conversion.write(whole, exact, events)
         for kind in kinds:
             quantise(whole, partials[kind], kind, events, threads)
-            if partials[kind].stat().st_size == 0:
+            if not partials[kind].exists() or partials[kind].stat().st_size == 0:
                 raise ChildFailedError(f"llama.cpp wrote nothing to {partials[kind]}")
     finally:
         if exact not in partials:

@@ -7,16 +7,15 @@ renamed once, so a GGUF at its own name is always whole.
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.atomic import fsync_path, need_space, partial_path, refuse_existing
+from engine.atomic import NO_SPACE, fsync_path, need_space, partial_path, refuse_existing
+from engine.claim import claim
 from engine.errors import BadInputError, BadModelError, NoSpaceError
 from engine.gguf.tensors import PlannedTensor
 from engine.jobs.events import EventWriter
@@ -30,23 +29,24 @@ _HEADER_SPACE = 64 << 20  # generous: tokenizer and metadata
 def new_file(target: Path, needed: int, what: str) -> Iterator[Path]:
     """A `.partial` path beside `target` that becomes it when the block ends well, and is removed when not.
 
-    The block may rename the file away itself (one that failed its verification); then nothing more happens.
+    One process at a time writes a target (`engine.claim`); what a dead one left is removed. The block may rename
+    the file away itself (one that failed its verification); then nothing more happens.
 
     Raises TargetExistsError, NoSpaceError (checked before, and found while writing), BadInputError when another
-    process writes the same target now.
+    process writes the same target now, or a `.partial` lies there that is not known to be ours.
     """
     refuse_existing(target)
     partial = partial_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         need_space(target.parent, needed, what)
-        lock = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise BadInputError(
             f"cannot write {target}: {error.strerror}", "choose a place you can write to"
         ) from error
-    try:
-        _lock(lock, target)
+    with claim(partial) as left_over:
+        refuse_existing(target)
+        _remove_left_over(partial, left_over)
         try:
             yield partial
             if partial.exists():
@@ -56,7 +56,7 @@ def new_file(target: Path, needed: int, what: str) -> Iterator[Path]:
             fsync_path(target.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            if error.errno == errno.ENOSPC:
+            if error.errno in NO_SPACE:
                 raise NoSpaceError(
                     f"the disk filled up while writing {target}; nothing was kept",
                     "free some space and run again",
@@ -65,20 +65,18 @@ def new_file(target: Path, needed: int, what: str) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    finally:
-        os.close(lock)
 
 
-def _lock(descriptor: int, target: Path) -> None:
-    """Hold the partial file: a dead process's lock is gone with it, a living one's refuses us."""
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+def _remove_left_over(partial: Path, left_over: bool) -> None:
+    """Remove what a dead holder of the claim left. Anything else is not known to be ours and is never touched."""
+    if not partial.exists() and not partial.is_symlink():
+        return
+    if not left_over or partial.is_symlink() or not partial.is_file():
         raise BadInputError(
-            f"another process is writing {target} now", "wait for it, or cancel that job first"
-        ) from error
+            f"{partial} is there, and nothing says that this program left it",
+            "look into it, then remove it yourself or choose another name",
+        )
+    partial.unlink()
 
 
 def write_gguf(
@@ -90,7 +88,7 @@ def write_gguf(
     events: EventWriter,
     phase: str = "write",
 ) -> None:
-    """Write header and tensors to `path` (an existing, empty or stale file of ours, which is overwritten).
+    """Write header and tensors to `path` (a file of ours there is overwritten).
 
     `metadata` adds keys to the GGUFWriter. `kind` is f32, f16, bf16 or q8_0: the type of matrices; vectors are
     always f32, and a matrix whose rows are no whole blocks of 32 is f16 where q8_0 was asked, as in llama.cpp.

@@ -219,6 +219,33 @@ def test_a_lock_that_never_got_its_owner_is_not_taken_without_flock(
         pass
 
 
+@pytest.mark.parametrize("locks", ["flock", "exclusive"])
+def test_a_dead_lock_beside_a_finished_result_goes_with_the_next_look(tmp_path: Path, locks: str) -> None:
+    """A kill between the rename and the end of the claim. A living holder's lock, or one beside a leftover, stays."""
+    look = """
+        def seen():
+            try:
+                with atomic.new_folder(root / "r"):
+                    return "made"
+            except atomic.TargetExistsError:
+                return sorted(os.listdir(root))
+
+        (root / "r").mkdir()
+        lock = claim.lock_path(root / "r.partial")
+        lock.write_bytes(DEAD.encode())
+        found = [seen()]
+        lock.write_bytes(DEAD.encode())
+        (root / "r.partial").mkdir()
+        found.append(seen())
+        (root / "r.partial").rmdir()
+        with claim.claim(root / "r.partial"):
+            found.append(seen())
+        print(json.dumps(found))
+    """
+    lock = ".r.partial.lock"
+    assert script(look, tmp_path, locks) == [["r"], [lock, "r", "r.partial"], [lock, "r"]]
+
+
 def test_a_reused_pid_is_not_the_owner() -> None:
     me = Owner.me()
     assert me.alive and abs(me.start - start_time(os.getpid())) < 0.01

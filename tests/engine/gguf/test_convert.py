@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.claim import claim, lock_path
 from engine.errors import (
     BadInputError,
     BadModelError,
@@ -304,14 +306,30 @@ def test_cancelling_leaves_nothing(tiny_llama: Path, tmp_path: Path, kind: str) 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dead_writers_partial_is_replaced_and_a_living_ones_refused(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "m.gguf.partial").write_bytes(b"half" * 10_000_000)
+def test_a_dead_writers_partial_is_replaced_and_others_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "m.gguf.partial"
+    with pytest.raises(KeyboardInterrupt), claim(partial):
+        lock = lock_path(partial).read_bytes()
+        raise KeyboardInterrupt
+    partial.write_bytes(b"half" * 10_000_000)
+    with pytest.raises(BadInputError, match="nothing says that this program left it"):
+        to_gguf(tiny_llama, tmp_path / "m.gguf")
+    assert partial.stat().st_size == 40_000_000
+    lock_path(partial).write_bytes(lock)  # as after kill -9: named, and held by nobody
     to_gguf(tiny_llama, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").stat().st_size < 1_000_000
     with (
         writer.new_file(tmp_path / "n.gguf", 10, "a test"),
-        pytest.raises(BadInputError, match="another process"),
+        pytest.raises(BadInputError, match=f"being written by process {os.getpid()}"),
     ):
         to_gguf(tiny_llama, tmp_path / "n.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_link_in_the_partials_place_is_never_followed(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "m.gguf.partial").symlink_to(tmp_path / "mine")
+    lock_path(tmp_path / "m.gguf.partial").write_text("a dead one's")
+    with pytest.raises(BadInputError, match="nothing says"):
+        to_gguf(tiny_llama, tmp_path / "m.gguf")
+    assert (tmp_path / "mine").read_text() == "precious"
