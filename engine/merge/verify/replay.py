@@ -46,8 +46,8 @@ def weightings(sample: Sample) -> Iterator[Weighting]:
 
 
 def _key(weights: Float64Array) -> bytes:
-    """Equal for equal weights; adding 0 makes -0.0 the same as 0.0."""
-    return (weights + 0.0).tobytes()
+    """Equal for equal weights, whatever sums they come from; adding 0 makes -0.0 the same as 0.0."""
+    return (np.round(weights, 12) + 0.0).tobytes()
 
 
 def _mistakes(sample: Sample) -> Iterator[tuple[Finding, Float64Array]]:

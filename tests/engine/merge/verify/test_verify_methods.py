@@ -5,6 +5,8 @@ The merges are made from the plain float64 references in tests/engine/merge/refe
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -300,6 +302,40 @@ def test_soup_of_three(make_models: MakeModels) -> None:
     verdict = verify_models(models, merged_models(models, setting, torch.float32, False), setting, False)
     assert verdict.ok, verdict.message
     assert verdict.effective_weights == pytest.approx({"pt": 1 / 8, "sft": 2 / 8, "third": 5 / 8}, abs=1e-3)
+
+
+def test_equal_weights_cannot_be_swapped(make_models: MakeModels) -> None:
+    models = make_models(3)
+    setting = Setting("soup", weights=dict.fromkeys(models.models, 1.0))  # thirds, which no float holds
+    verdict = verify_models(models, merged_models(models, setting, torch.bfloat16, False), setting, False)
+    assert verdict.ok, verdict.message
+
+
+@pytest.mark.parametrize("vocabulary", ["intersection", "keep_first"])
+def test_vocabularies_that_differ(make_models: MakeModels, vocabulary: str) -> None:
+    """Tokens both models have are merged by token; all other rows, or both tables, are the first's."""
+    models = make_models()
+    count = len(models.base["model.embed_tokens.weight"])
+    first = {f"t{i}": i for i in range(count - 5)}
+    second = {f"t{i}": (i + 3) % count for i in range(7, count - 2)}
+    for label, tokens in (("pt", first), ("sft", second)):
+        text = json.dumps({"model": {"vocab": tokens}})
+        (models.folder(label) / "tokenizer.json").write_text(text)
+    setting = Setting("soup", vocabulary=vocabulary)
+    by_row = merged_models(models, setting, torch.bfloat16, False)
+    merged = dict(by_row)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        one, two = models.models["pt"][name], models.models["sft"][name]
+        table = one.clone()
+        for token in first.keys() & second.keys() if vocabulary == "intersection" else ():
+            mean = (0.4 * one[first[token]].double() + 0.8 * two[second[token]].double()) / 1.2
+            table[first[token]] = mean.to(table.dtype)
+        merged[name] = table
+    for tensors, right in ((merged, True), (by_row, False)):
+        folder = save_model(models.root / f"made-{right}", tensors)
+        shutil.copy(models.folder("pt") / "tokenizer.json", folder)
+        verdict = verify_models(models, folder, setting, False)
+        assert verdict.ok == right, verdict.message
 
 
 @pytest.mark.parametrize("with_base", [True, False])
