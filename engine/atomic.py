@@ -19,7 +19,7 @@ from engine.errors import BadInputError, MedmergeError, NoSpaceError, TargetExis
 
 __all__ = [
     "JOURNAL", "NO_SPACE", "PARTIAL", "fsync_path", "need_space", "new_folder", "partial_path",
-    "refuse_existing", "start_time", "sync_tree", "worth_resuming", "write_json", "write_text",
+    "refuse_existing", "reject", "start_time", "sync_tree", "worth_resuming", "write_json", "write_text",
 ]  # fmt: skip
 
 PARTIAL = ".partial"
@@ -158,6 +158,19 @@ def new_folder(target: Path, resume: bool = False) -> Iterator[Path]:
         except BaseException:
             _keep(partial, resume)
             raise
+
+
+def reject(partial: Path, target: Path) -> Path:
+    """Keep a folder that failed its verification beside the target, under a name that is free."""
+    (partial / JOURNAL).unlink(missing_ok=True)
+    sync_tree(partial)
+    kept = target.with_name(target.name + ".rejected")
+    number = 1
+    while kept.exists():
+        number += 1
+        kept = target.with_name(f"{target.name}.rejected-{number}")
+    partial.rename(kept)
+    return kept
 
 
 def worth_resuming(partial: Path) -> bool:

@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.atomic import need_space, new_folder, refuse_existing, write_json
+from engine.atomic import need_space, new_folder, refuse_existing, reject, write_json
 from engine.errors import BadAdapterError, BadRecipeError
 from engine.jobs.events import EventWriter
 from engine.merge.combine_check import check_combined
 from engine.merge.combine_config import adapter_config, copy_tokenizer, training_note
-from engine.merge.execute import reject
 from engine.merge.lowrank import Spectrum, Term, stack, truncate
 from engine.merge.manifest import (
     FORMAT,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.atomic import JOURNAL, need_space, new_folder, refuse_existing, sync_tree, write_json
+from engine.atomic import JOURNAL, need_space, new_folder, refuse_existing, reject, write_json
 from engine.errors import BadRecipeError
 from engine.jobs.events import EventWriter
 from engine.merge import manifest as manifests
@@ -216,16 +216,3 @@ def summary(verdict: dict[str, Any] | None) -> dict[str, Any]:
         "residual", "rounding_floor", "differing_share", "unchanged_share", "tensors_checked",
     )  # fmt: skip
     return {"done": True, **{key: verdict[key] for key in keys if key in verdict}}
-
-
-def reject(partial: Path, target: Path) -> Path:
-    """Keep a merge that failed its verification beside the target, under a name that is free."""
-    (partial / JOURNAL).unlink(missing_ok=True)
-    sync_tree(partial)
-    kept = target.with_name(target.name + ".rejected")
-    number = 1
-    while kept.exists():
-        number += 1
-        kept = target.with_name(f"{target.name}.rejected-{number}")
-    partial.rename(kept)
-    return kept

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from engine.errors import BadAdapterError, BadModelError
+from engine.merge.blocks import Block
 from engine.merge.kernel import kernel
 from engine.merge.kernel.plain import LARGEST, Buffer, widen
 from engine.merge.layout import TensorPlan
-from engine.merge.work import Block
 from engine.weights.changes import Replacement
 from engine.weights.tensorfile import read_rows
 

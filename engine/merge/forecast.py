@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.jobs.events import EventWriter
+from engine.merge.blocks import Block, Buffers
 from engine.merge.files import OpenFiles
 from engine.merge.kernel.plain import narrow, widen
 from engine.merge.layout import TensorPlan
@@ -27,7 +28,7 @@ from engine.merge.recipe import LINEAR
 from engine.merge.schedule import block_elements, blocks_of
 from engine.merge.stream import default_threads
 from engine.merge.terms import load
-from engine.merge.work import Block, Buffers, Work
+from engine.merge.work import Work
 from engine.weights.changes import Experts, LoraFactor
 from engine.weights.tensorfile import ITEM_SIZE
 

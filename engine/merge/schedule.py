@@ -10,11 +10,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from engine.merge.blocks import Block
 from engine.merge.files import OpenFiles
 from engine.merge.kernel import kernel
 from engine.merge.layout import ShardPlan, TensorPlan, longer
 from engine.merge.plan import Plan
-from engine.merge.work import Block, Work
+from engine.merge.work import Work
 from engine.weights.tensorfile import ITEM_SIZE
 
 BLOCK_ELEMENTS: int | None = None  # None: what suits the kernel

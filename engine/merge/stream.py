@@ -24,6 +24,7 @@ import numpy as np
 from engine.atomic import NO_SPACE
 from engine.errors import BadModelError, NoSpaceError
 from engine.jobs.events import EventWriter
+from engine.merge.blocks import Buffers
 from engine.merge.files import OpenFiles, read_all, write_all
 from engine.merge.finite import LIMIT, look_closer, refuse_nan
 from engine.merge.journal import FileHashes, Journal
@@ -31,7 +32,6 @@ from engine.merge.kernel import kernel
 from engine.merge.layout import ShardPlan
 from engine.merge.plan import Plan
 from engine.merge.schedule import COPY_BYTES, Task, block_elements, output_tasks, schedule
-from engine.merge.work import Buffers
 from engine.weights.tensorfile import file_sha256
 
 _AHEAD = 8 << 20  # bytes after which the disk is told to begin

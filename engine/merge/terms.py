@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.errors import BadAdapterError
+from engine.merge.blocks import Block, Buffers
 from engine.merge.files import OpenFiles
 from engine.merge.kernel import kernel
 from engine.merge.kernel.plain import LARGEST, Buffer, Float32, Float64, Packed, widen
 from engine.merge.layout import Part, TensorPlan
 from engine.weights.changes import Addition, Dora, Experts, LoraFactor, Replacement, Sum, TokenRows
 from engine.weights.tensorfile import ITEM_SIZE, TensorInfo, read_rows
-
-if TYPE_CHECKING:
-    from engine.merge.work import Block, Buffers
 
 
 @dataclass
