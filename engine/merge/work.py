@@ -56,7 +56,7 @@ class Work:
         self._packed: list[Packed] = []  # one, or one for each expert
         self._thresholds: list[float] = []
         self._bins: list[tuple[int, int]] = []  # TIES: the bin the threshold lies in, and its rank within it
-        self._lock, self._ready = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
         self._stage = Stage(blocks)
         self._done = [threading.Event() for _ in range(self.stages + 1)]
 
