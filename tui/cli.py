@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 
@@ -44,6 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `medmerge`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a file's name may be no UTF-8: shown (and in JSON) as \udcff
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     args = parser.parse_args(argv)
     if not args.command:

@@ -52,7 +52,8 @@ class EventWriter:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.kept: list[Event] = []
-        self._file = path.open("a", encoding="utf-8") if path else None
+        # A file's name may be no UTF-8: its odd bytes, "\udcff" in Python, are written as that JSON escape.
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace") if path else None
         self._phase = ""
         self._marks: deque[tuple[float, float]] = deque()
         self._last_progress = 0.0

@@ -26,7 +26,9 @@ class JobSpec:
     command: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        """JSON that can be written as UTF-8: odd bytes of a file's name, "\\udcff" in Python, stay as that escape."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
     @classmethod
     def read(cls, path: Path) -> JobSpec:

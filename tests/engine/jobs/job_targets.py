@@ -21,6 +21,11 @@ def count(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     return {"sum": sum(range(1, total + 1)), "exit_code": params.get("exit_code", 0)}
 
 
+def echo(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
+    events.warning(params["path"])
+    return params
+
+
 def refuse(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     raise BadInputError("row 3 is broken", "mend it")
 

@@ -79,6 +79,19 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     assert job.result == {"loss": "inf"}
 
 
+def test_names_that_are_no_utf8_neither_kill_a_job_nor_change(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9/\xff.bin")
+    job = launch(JobSpec("test", "job_targets:echo", {"path": odd, "café": "é"}, title=odd), tmp_path)
+    job = finish(job)
+    assert (job.state, job.error) == ("done", "") and job.result == {"path": odd, "café": "é"}
+    assert JobSpec.read(job.folder / "spec.json").title == odd
+    events = job.tail().poll()
+    assert [e.data["message"] for e in events if e.type == "warning"] == [odd]
+    assert next(e for e in events if e.type == "result").data["result"] == job.result
+    for line in (job.folder / "events.jsonl").read_text("utf-8").splitlines():
+        json.loads(line)
+
+
 def test_cancel_ends_the_job_and_workers_in_sessions_of_their_own(tmp_path: Path) -> None:
     pids, cleaned = tmp_path / "pids", tmp_path / "cleaned"
     job = start(tmp_path / "jobs", "wait_with_worker", pids=str(pids), cleaned=str(cleaned))
