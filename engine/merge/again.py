@@ -1,6 +1,7 @@
-"""Verify a finished merge once more by its own manifest. Called by engine/merge/job.py (`medmerge verify DIR`).
+"""Verify a finished merge by its own manifest, or by a recipe. Called by engine/merge/job.py (`medmerge verify DIR`).
 
-The manifest says what was asked; the verdict is made anew from the files as they are now.
+The manifest (or the recipe, for a merge that another tool made) says what was asked; the verdict is made from the
+files as they are now.
 """
 
 from __future__ import annotations
@@ -24,15 +25,27 @@ def verify_again(merged: Path, events: EventWriter) -> dict[str, Any]:
         BadInputError: no manifest, or a merged adapter, whose files `--manifest` checks.
         BadRecipeError, BadModelError, BadAdapterError: the recipe or an input cannot be read any more.
     """
-    from engine.merge.verify import verify_merge
-
     manifest = read_manifest(merged)
     if manifest["output"].get("kind", "checkpoint") != "checkpoint":
         raise BadInputError(
             f"{merged} is a merged adapter: its weights are checked only while it is made",
             "medmerge verify --manifest checks that its files are still the same",
         )
-    plan = make_plan(parse(recipe_where_it_lies(merged, manifest), str(merged / NAME), []))
+    return verify_recipe(merged, recipe_where_it_lies(merged, manifest), events, str(merged / NAME))
+
+
+def verify_recipe(
+    merged: Path, document: dict[str, Any], events: EventWriter, where: str = "recipe"
+) -> dict[str, Any]:
+    """The verdict's JSON, with exit_code: is `merged`, made by any tool, what the recipe asks for.
+
+    `where` names the document in errors; its output counts for nothing.
+
+    Raises BadRecipeError, BadModelError, BadAdapterError: the recipe or an input cannot be read.
+    """
+    from engine.merge.verify import verify_merge
+
+    plan = make_plan(parse(document, where, []))
     verdict = verify_merge(
         merged, plan.recipe.base, {}, None, events, allow_extra_files=NOT_WEIGHTS, asked=asked_of(plan)
     )

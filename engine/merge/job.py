@@ -62,14 +62,19 @@ def run_plan(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """params: merged, base, adapters {label: path}, weights {label: number} or None, manifest (bool).
 
-    Without a base the merge's own manifest says what was asked, by any method. With `manifest` only the hashes of
-    an earlier merge are checked, and nothing else is needed.
+    With `recipe` (a recipe document) it says what was asked, by any method; without that and without a base the
+    merge's own manifest does. With `manifest` only the hashes of an earlier merge are checked, and nothing else is
+    needed.
     """
     load_numpy_single_threaded()
     if params.get("manifest"):
         from engine.merge.manifest_check import check_manifest
 
         return check_manifest(Path(params["merged"]), events)
+    if params.get("recipe"):
+        from engine.merge.again import verify_recipe
+
+        return verify_recipe(Path(params["merged"]), params["recipe"], events)
     if not params.get("base"):
         from engine.merge.again import verify_again
 

@@ -160,10 +160,6 @@ def _output(args: argparse.Namespace) -> dict[str, Any]:
 
 def _from_file(args: argparse.Namespace, root: Path, default_out: str | None) -> dict[str, Any]:
     """A recipe or mergekit file with the output's flags put over it."""
-    from engine.merge.document import read_yaml
-    from engine.merge.mergekit import from_mergekit, is_mergekit
-    from engine.merge.recipe import parse
-
     flags = {
         "--base": args.base, "--adapter": args.adapter, "--model": args.model, "--method": args.method, "--t": args.t,
         "--density": args.density, "--lambda": args.lam, "--seed": args.seed, "--vocabulary": args.vocabulary,
@@ -174,22 +170,31 @@ def _from_file(args: argparse.Namespace, root: Path, default_out: str | None) ->
             raise BadRecipeError(
                 f"a recipe file and {flag} together", "put it into the recipe, or give only flags"
             )
-    path = Path(args.recipe)
-    raw, places = read_yaml(path), [path.absolute().parent, root]
-    if is_mergekit(raw):
-        imported = from_mergekit(raw, args.recipe, places)
-        for note in imported.notes:
-            print(f"note: {note}", file=sys.stderr)
-        document = dict(imported.recipe)
-        document["output"] = {**document.get("output", {}), "path": args.out or default_out}
-        if document["output"]["path"] is None:
-            raise BadRecipeError("--out is missing", "a mergekit config does not say where its output goes")
-    else:
-        document = parse(raw, args.recipe, places).to_dict()
-        if args.out:
-            document["output"]["path"] = args.out
+    document = recipe_from_file(Path(args.recipe), root, args.out or default_out)
     document["output"] |= _output(args)
     return document
+
+
+def recipe_from_file(path: Path, root: Path, out: str | None) -> dict[str, Any]:
+    """A recipe or mergekit config as a recipe document; `out`, where given, is its output path.
+
+    Raises BadRecipeError: neither, or a mergekit config without `out`.
+    """
+    from engine.merge.document import read_yaml
+    from engine.merge.mergekit import from_mergekit, is_mergekit
+    from engine.merge.recipe import parse
+
+    raw, places = read_yaml(path), [path.absolute().parent, root]
+    if not is_mergekit(raw):
+        document = parse(raw, str(path), places).to_dict()
+        document["output"] |= {"path": out} if out else {}
+        return document
+    imported = from_mergekit(raw, str(path), places)
+    for note in imported.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if out is None:
+        raise BadRecipeError("--out is missing", "a mergekit config does not say where its output goes")
+    return {**imported.recipe, "output": {**imported.recipe.get("output", {}), "path": out}}
 
 
 def _entries(flags: list[str], kind: str, needs_weight: bool) -> dict[str, Any]:

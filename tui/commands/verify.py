@@ -9,6 +9,7 @@ from typing import Any
 from engine.errors import BadInputError, BadRecipeError
 from engine.jobs import JobSpec
 from tui.commands.common import Commands, command_line, existing_path, labelled, run_job, table, workspace_of
+from tui.commands.merge import recipe_from_file
 from tui.safe_text import plain
 
 MODULES_SHOWN = 8
@@ -21,12 +22,13 @@ def add_parser(commands: Commands) -> None:
         description="Reads a merged folder or a GGUF file back and compares every element with what the weights "
         "ask for, a GGUF's within the bound of its types. Exit code 0: every element is right; 1: it is not what "
         "was asked, and the findings say how; 4: it could not tell. A folder alone is held against its own "
-        "medmerge.json, whatever the method. Adapters without weights: it answers what is in there. A GGUF with "
-        "--base alone is compared with that checkpoint.",
+        "medmerge.json, whatever the method, or against --recipe. Adapters without weights: it answers what is in "
+        "there. A GGUF with --base alone is compared with that checkpoint.",
         examples=(
             "  medmerge verify merges/m\n"
             "  medmerge verify merges/m --base B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7\n"
             "  medmerge verify merges/m --base B --adapter pt=adapters/pt --adapter sft=adapters/sft\n"
+            "  medmerge verify merges/m --recipe mergekit.yaml\n"
             "  medmerge verify m.gguf --base B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7\n"
             "  medmerge verify m.gguf --base merges/m\n"
             "  medmerge verify merges/m --manifest"
@@ -45,6 +47,9 @@ def add_parser(commands: Commands) -> None:
         help="an adapter and the weight asked of it; give all weights, or none to ask what is in there",
     )
     parser.add_argument(
+        "--recipe", metavar="FILE", help="a recipe or mergekit config that says what was asked, by any method"
+    )
+    parser.add_argument(
         "--manifest", action="store_true", help="only hash every file again and compare with medmerge.json"
     )
     parser.set_defaults(run=run)
@@ -57,7 +62,13 @@ def run(args: argparse.Namespace) -> int:
         return _run_gguf(args, merged)
     params: dict[str, Any] = {"merged": str(merged), "manifest": bool(args.manifest)}
     alone = not args.base and not args.adapter  # then its own manifest says what was asked
-    if not args.manifest and not alone:
+    if args.recipe:
+        if not alone or args.manifest:
+            raise BadRecipeError(
+                "--recipe says all that is asked", "leave --base, --adapter and --manifest out"
+            )
+        params["recipe"] = recipe_from_file(Path(args.recipe), workspace.root, str(merged) + ".asked")
+    elif not args.manifest and not alone:
         params |= _question(args)
     title = f"{'hashes of' if args.manifest else 'verify'} {merged.name}"
     spec = JobSpec("verify", "engine.merge.job:run_verify", params, title, command_line(args.argv))

@@ -173,3 +173,52 @@ def test_merging_imports_no_model_library() -> None:
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_models_by_a_mergekit_config_and_verified_by_it(
+    filled: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two models made, mixed by a mergekit config, and the mixture held against that config without a manifest."""
+    for label in ("pt", "sft"):
+        flags = ["--base", "bases/tiny", "--adapter", f"{label}=adapters/{label}:1", "--no-verify"]
+        assert main(["merge", *flags, "--out", str(filled.merges / label)]) == 0
+    config = filled.root / "mergekit.yaml"
+    config.write_text(
+        "merge_method: slerp\nbase_model: merges/pt\nmodels:\n  - model: merges/pt\n  - model: merges/sft\n"
+        "parameters:\n  t: [{filter: mlp, value: 0.2}, {value: 0.6}]\ndtype: bfloat16\n"
+    )
+    out = filled.merges / "mixed"
+    assert main(["merge", str(config), "--out", str(out)]) == 0
+    assert "every element is right" in capsys.readouterr().out
+    (out / "medmerge.json").unlink()
+    (out / "verification.json").unlink()
+    assert main(["verify", str(out), "--recipe", str(config), "--json"]) == 0
+    assert json_out(capsys)["method"] == "slerp"
+    config.write_text(config.read_text().replace("0.2", "0.3"))
+    assert main(["verify", str(out), "--recipe", str(config)]) == 1
+    assert main(["verify", str(out), "--recipe", str(config), "--base", "bases/tiny"]) == 2
+    capsys.readouterr()
+    assert main(["plan", str(config), "--out", "x"]) == 0
+    table = capsys.readouterr().out
+    assert "mlp.*" in table and "slerp(" in table
+
+
+def test_methods_and_output_kinds_by_flags(filled: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    ties = [*FLAGS, "--method", "ties", "--density", "0.4", "--dtype", "float16", "--gguf", "q8_0"]
+    assert main(["merge", *ties, "--out", str(filled.merges / "ties"), "--json"]) == 0
+    result = json_out(capsys)
+    assert result["verdict"]["method"] == "ties" and result["verdict"]["effective_weights"] is None
+    assert [file["verdict"]["verdict"] for file in result["ggufs"]] == ["ok"]
+    assert (filled.merges / "ties-q8_0.gguf").is_file()
+    assert (
+        main(["merge", *FLAGS, "--kind", "adapter", "--rank", "4", "--out", str(filled.adapters / "both")])
+        == 0
+    )
+    assert "one adapter of rank 4" in capsys.readouterr().out
+    alone = filled.root / "alone.gguf"
+    assert main(["merge", *FLAGS, "--kind", "gguf", "--gguf", "q8_0", "--out", str(alone)]) == 0
+    assert alone.is_file() and not list(filled.root.glob("*.partial*"))
+    assert main(["merge", *ties, "--kind", "gguf", "--out", str(filled.root / "no.gguf")]) == 2
+    assert "leave output.kind out" in capsys.readouterr().err
+    assert main(["merge", *FLAGS, "--t", "0.5", "--out", str(filled.merges / "no")]) == 2
+    assert "t means nothing to linear" in capsys.readouterr().err
