@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ GPU_BUILD = (
     "--no-deps llama-cpp-python"
 )
 CHILD_SECONDS = 120
+ROOT = Path(__file__).resolve().parents[2]
 # The libraries are asked in processes of their own: this one stays light, and a broken one cannot take it down.
 _TORCH = """
 import json, torch
@@ -32,6 +34,14 @@ gpus = range(torch.cuda.device_count()) if cuda else []
 print(json.dumps({"version": torch.__version__, "cuda": cuda, "bf16": cuda and torch.cuda.is_bf16_supported(),
   "devices": [torch.cuda.get_device_name(i) for i in gpus],
   "memory": [torch.cuda.get_device_properties(i).total_memory for i in gpus]}))
+"""
+_KERNEL = """
+import json, os
+from engine.merge.kernel import compiled, host_kernel
+from engine.merge.verify import quick
+path = compiled.find_library()
+print(json.dumps({"name": host_kernel().name, "compiled": host_kernel().compiled,
+  "verify": quick._library() is not None, "library": str(path or ""), "plain": os.environ.get("MEDMERGE_KERNEL") == "plain"}))
 """
 _LLAMA = """
 import json, llama_cpp
@@ -53,7 +63,7 @@ class Finding:
 def add_parser(commands: Commands) -> None:
     parser = commands.add(
         "doctor",
-        "what this machine has: torch, CUDA, llama.cpp, memory, disk, terminal",
+        "what this machine has: kernels, torch, CUDA, llama.cpp, memory, disk, terminal",
         "Look at this machine and say what is there, what is missing, and how to get it. Changes nothing.",
         "  medmerge doctor\n  medmerge doctor --json",
     )
@@ -62,9 +72,12 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     workspace = workspace_of(args)
+    torch = ask(_TORCH)
     findings = [
         Finding("medmerge", "ok", f"{__version__}, Python {platform.python_version()} at {sys.executable}"),
-        torch_finding(ask(_TORCH)),
+        kernel_finding(ask(_KERNEL)),
+        torch_finding(torch),
+        device_finding(torch),
         llama_finding(ask(_LLAMA)),
         *_packages(),
         *_machine(workspace.root),
@@ -86,6 +99,10 @@ def ask(program: str) -> dict[str, object]:
     try:
         child = subprocess.run(
             [sys.executable, "-P", "-c", program],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            },
             capture_output=True,
             text=True,
             timeout=CHILD_SECONDS,
@@ -102,6 +119,38 @@ def ask(program: str) -> dict[str, object]:
         return found
     words = child.stderr.strip().splitlines() or [f"ended with code {child.returncode}"]
     return {"error": words[-1][:300]}
+
+
+def kernel_finding(found: dict[str, object]) -> Finding:
+    """Which inner loops merge and verify use, from what the child said."""
+    if "error" in found:
+        return Finding("merge kernel", "missing", str(found["error"]), "install medmerge-tui again")
+    again = f"{sys.executable} -m pip install --no-deps --force-reinstall -e {shlex.quote(str(ROOT))}"
+    if not (ROOT / "pyproject.toml").is_file():
+        again = "install medmerge-tui again as you did, with pip's --no-cache-dir"
+    compiler = (
+        f"results are the same, several times slower. Compiled: apt install build-essential, then: {again}"
+    )
+    name = str(found["name"])
+    if found["plain"]:
+        return Finding("merge kernel", "note", name, "MEDMERGE_KERNEL=plain asks for numpy: unset it")
+    if not found["compiled"]:
+        where = f", {found['library']} cannot be loaded" if found["library"] else ""
+        return Finding("merge kernel", "note", name + where, compiler)
+    if not found["verify"]:
+        return Finding("merge kernel", "note", f"{name}; the verification's is numpy", compiler)
+    if "AVX2" not in name and platform.machine() in ("x86_64", "AMD64"):
+        return Finding("merge kernel", "note", f"{name}, without AVX2, which this processor lacks")
+    return Finding("merge kernel", "ok", name)
+
+
+def device_finding(found: dict[str, object]) -> Finding:
+    """Whether `medmerge merge --device cuda` would work, from what torch said."""
+    devices = found.get("devices")
+    if found.get("cuda") and isinstance(devices, list) and devices:
+        several = f" (cuda:0 to cuda:{len(devices) - 1})" if len(devices) > 1 else ""
+        return Finding("merge --device", "ok", f"cuda works: {devices[0]}{several}")
+    return Finding("merge --device", "note", "cpu; cuda does not work here, as torch sees none")
 
 
 def torch_finding(found: dict[str, object]) -> Finding:

@@ -46,14 +46,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_run(name: str, workspace: Workspace) -> Path:
-    """A run by folder or by name. Raises BadInputError naming the runs there are."""
+    """A run by folder or by name. Raises BadInputError for a search, and naming the runs there are."""
     for folder in (workspace.runs / name, Path(name).expanduser()):
         if (folder / "cells.json").is_file():
             return folder.absolute()
+        if (folder / "search.json").is_file():
+            raise BadInputError(f"{name} is a search, and report reads evaluations", _about_search(folder))
     there = sorted(path.parent.name for path in workspace.runs.glob("*/cells.json"))
     raise BadInputError(
         f"no run {name} in {workspace.runs}",
         f"there are: {', '.join(there)}" if there else "there are none yet",
+    )
+
+
+def _about_search(folder: Path) -> str:
+    """Where a search's result is; docs/search.md explains it."""
+    if not (folder / "result.json").is_file():
+        return f"it has not ended: medmerge search CONFIG --out {folder.name} --resume goes on with it (docs/search.md)"
+    return (
+        f"its comparison is in {folder / 'result.json'}, and its recipes are {folder / 'uniform.yaml'} and "
+        f"{folder / 'layerwise.yaml'}: medmerge eval measures what they make, docs/search.md says how to read it"
     )
 
 

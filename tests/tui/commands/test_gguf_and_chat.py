@@ -175,7 +175,16 @@ def test_doctor_finds_what_is_here(tmp_path: Path, capsys: pytest.CaptureFixture
     code, result, _ = run(capsys, "doctor", "--workspace", str(tmp_path))
     found = {entry["what"]: entry for entry in result["findings"]}
     assert code == 0 and llama_cpp.__version__ in found["llama.cpp"]["detail"]
-    assert {"torch", "cpu", "memory", "workspace", "terminal", "extra demo"} <= found.keys()
+    assert {
+        "merge kernel",
+        "merge --device",
+        "torch",
+        "cpu",
+        "memory",
+        "workspace",
+        "terminal",
+        "extra demo",
+    } <= found.keys()
     assert not (tmp_path / "workspace.toml").exists()
 
 
@@ -189,6 +198,28 @@ def test_doctor_survives_broken_libraries() -> None:
     assert "error" in ask("print('hello')") and "error" in ask("print('[1]')")
     gpu = torch_finding({"version": "2", "cuda": True, "bf16": True, "devices": ["X"], "memory": [8e10]})
     assert gpu.ok == "ok" and "X (80.00 GB)" in gpu.detail
+
+
+def test_doctor_says_which_kernel_merges_and_whether_cuda_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.merge.kernel import host_kernel
+    from tui.commands import doctor
+
+    here = doctor.kernel_finding(doctor.ask(doctor._KERNEL))
+    assert here.detail.startswith(host_kernel().name)
+    monkeypatch.setenv("MEDMERGE_KERNEL", "plain")
+    asked = doctor.kernel_finding(doctor.ask(doctor._KERNEL))
+    assert asked.detail.startswith("numpy") and "unset it" in asked.advice
+    said = {"name": "compiled, AVX2", "compiled": True, "verify": True, "library": "k.so", "plain": False}
+    assert doctor.kernel_finding(said).ok == "ok"
+    half = doctor.kernel_finding({**said, "verify": False})
+    assert half.ok == "note" and "verification" in half.detail and "pip install" in half.advice
+    numpy = doctor.kernel_finding({**said, "name": "numpy", "compiled": False})
+    assert "k.so cannot be loaded" in numpy.detail and "build-essential" in numpy.advice
+    assert doctor.kernel_finding({"error": "no numpy"}).ok == "missing"
+    two = doctor.device_finding({"cuda": True, "devices": ["X", "Y"]})
+    assert two.ok == "ok" and "X (cuda:0 to cuda:1)" in two.detail
+    for found in ({"cuda": False, "devices": []}, {"error": "no torch"}):
+        assert "does not work" in doctor.device_finding(dict(found)).detail
 
 
 def test_doctor_on_terminals() -> None:

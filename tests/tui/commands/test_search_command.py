@@ -53,6 +53,12 @@ def test_search_then_again_then_resumed(
     text = capsys.readouterr().out
     assert f"held out (n={result['n_held_out']})" in text and result["message"] in text
     assert "layerwise - uniform" in text and "rough interval" in text
+    assert main(["report", "one", "--workspace", str(workspace.root)]) == 2
+    said = capsys.readouterr().err
+    assert "one is a search" in said and result["recipes"]["layerwise"] in said and "docs/search.md" in said
+    (workspace.runs / "one" / "result.json").unlink()
+    assert main(["report", "one", "--workspace", str(workspace.root)]) == 2
+    assert "has not ended" in capsys.readouterr().err
 
 
 def test_bad_configs_exit_with_2(
