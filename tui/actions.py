@@ -28,7 +28,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A merge as set on screen: two adapters (or one) with their weights, and how to write it."""
+    """A merge as set on screen: two adapters (or one) with their weights, the method, and how to write it."""
 
     base: str
     adapters: dict[str, str]  # label -> path
@@ -36,21 +36,36 @@ class Mixture:
     out: str
     method: str = "linear"
     dtype: str = "bfloat16"
+    parameters: dict[str, float | int] = field(default_factory=dict)  # of the method: t, density, seed
+    kind: str = "checkpoint"  # or "adapter"
+    gguf: tuple[str, ...] = ()  # types written beside a checkpoint
 
     @property
     def words(self) -> str:
-        return " + ".join(f"{weight(self.weights[label])} {label.upper()}" for label in self.adapters)
+        """`0.30 PT + 0.70 SFT`, and the method where it is not linear."""
+        terms = " + ".join(f"{weight(self.weights[label])} {label.upper()}" for label in self.adapters)
+        return terms if self.method in ("linear", "task_arithmetic") else f"{self.method} of {terms}"
 
     def recipe(self) -> dict[str, Any]:
         """The recipe document (engine.merge.recipe) with absolute paths."""
-        return {
+        document: dict[str, Any] = {
             "base": self.base,
             "method": self.method,
             "adapters": {
                 label: {"path": path, "weight": self.weights[label]} for label, path in self.adapters.items()
             },
-            "output": {"path": self.out, "dtype": self.dtype},
         }
+        if self.parameters:
+            document["parameters"] = dict(self.parameters)
+        output: dict[str, Any] = {"path": self.out}
+        if (
+            self.kind == "adapter"
+        ):  # always float32: ranks side by side, nothing is rounded to a model's dtype
+            return {**document, "output": {**output, "kind": "adapter"}}
+        output["dtype"] = self.dtype
+        if self.gguf:
+            output["gguf"] = list(self.gguf)
+        return {**document, "output": output}
 
 
 def command(root: Path, *words: str | Path) -> str:
@@ -66,27 +81,47 @@ def _adapter_words(mixture: Mixture, weights: bool = True) -> list[str]:
 
 
 def merge(root: Path, mixture: Mixture) -> Action:
-    """Merge and verify."""
-    line = command(
-        root, "merge", "--base", mixture.base, *_adapter_words(mixture), "--method", mixture.method,
-        "--dtype", mixture.dtype, "--out", mixture.out,
-    )  # fmt: skip
+    """Merge and verify; GGUFs of the types asked for are made in the same job, from the verified result."""
+    words = ["merge", "--base", mixture.base, *_adapter_words(mixture), "--method", mixture.method]
+    for name, value in mixture.parameters.items():
+        words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+    words += ["--kind", "adapter"] if mixture.kind == "adapter" else ["--dtype", mixture.dtype]
+    for type_ in mixture.gguf:
+        words += ["--gguf", type_]
+    line = command(root, *words, "--out", mixture.out)
     title = f"merge {Path(mixture.out).name}: {mixture.words}"
     return Action(
         "merge", "engine.merge.job:run_merge", {"recipe": mixture.recipe(), "verify": True}, title, line
     )
 
 
-def verify(root: Path, merged: str, mixture: Mixture) -> Action:
-    """Check a finished merge against what was asked of it."""
-    params = {
-        "merged": merged,
-        "base": mixture.base,
-        "adapters": dict(mixture.adapters),
-        "weights": dict(mixture.weights),
-    }
-    line = command(root, "verify", merged, "--base", mixture.base, *_adapter_words(mixture))
-    return Action("verify", "engine.merge.job:run_verify", params, f"verify {Path(merged).name}", line)
+def plan(root: Path, mixture: Mixture) -> Action:
+    """What a merge would cost and lose to rounding; nothing is written."""
+    return Action("plan", "engine.merge.job:run_plan", {"recipe": mixture.recipe()}, f"plan {mixture.words}")
+
+
+def verify(root: Path, merged: str) -> Action:
+    """Check a finished merge against what its own manifest says was asked."""
+    name = Path(merged).name
+    line = command(root, "verify", merged)
+    return Action("verify", "engine.merge.job:run_verify", {"merged": merged}, f"verify {name}", line)
+
+
+def look_into(root: Path, merged: str, base: str, adapters: dict[str, str]) -> Action:
+    """Ask which weights of these adapters are in a merge that does not say what was asked."""
+    params = {"merged": merged, "base": base, "adapters": dict(adapters), "weights": None}
+    words = [f"{label}={path}" for label, path in adapters.items()]
+    flags = [word for entry in words for word in ("--adapter", entry)]
+    line = command(root, "verify", merged, "--base", base, *flags)
+    title = f"what is in {Path(merged).name}"
+    return Action("verify", "engine.merge.job:run_verify", params, title, line)
+
+
+def check_files(root: Path, merged: str) -> Action:
+    """Hash every file of a merge again and compare with its manifest (all there is to check of an adapter)."""
+    params = {"merged": merged, "manifest": True}
+    line = command(root, "verify", merged, "--manifest")
+    return Action("verify", "engine.merge.job:run_verify", params, f"hashes of {Path(merged).name}", line)
 
 
 def interference(root: Path, mixture: Mixture) -> Action:

@@ -89,6 +89,12 @@ def _action_provider() -> type[Provider]:
     return ActionProvider
 
 
+def _report_provider() -> type[Provider]:
+    from tui.palette import ReportProvider
+
+    return ReportProvider
+
+
 def _theme_provider() -> type[Provider]:
     from tui.palette import ThemeProvider
 
@@ -103,6 +109,7 @@ def _import_screens() -> None:
         "reading",
         "screens.adapters",
         "screens.merge",
+        "screens.report",
         "screens.jobs",
         "screens.chat",
         "screens.train",
@@ -116,7 +123,7 @@ class MedmergeApp(App[None]):
 
     TITLE = "medmerge"
     CSS_PATH = "app.tcss"
-    COMMANDS = {_go_provider, _action_provider, _theme_provider}
+    COMMANDS = {_go_provider, _action_provider, _report_provider, _theme_provider}
     DEFAULT_MODE = "home"
     MODES: ClassVar[dict[str, str | Callable[[], Screen[None]]]] = {
         "home": _home, "adapters": _adapters, "merge": _merge, "chat": _chat, "train": _train,
@@ -142,13 +149,7 @@ class MedmergeApp(App[None]):
         self.feeds: dict[str, JobFeed] = {}
         self.selection = selection if selection is not None else remember.selection(backend.root)
         self.wanted: frozenset[str] = frozenset()  # ended jobs whose events a screen wants to see
-        self._follow: dict[str, Action] = {}
         self._polling = False
-
-    @property
-    def waiting(self) -> tuple[Action, ...]:
-        """What was to start after a job that still runs; it needs the app."""
-        return tuple(self._follow.values())
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
         return VARIABLE_DEFAULTS
@@ -159,6 +160,9 @@ class MedmergeApp(App[None]):
         self.theme = remember.theme(default=THEMES[0].name)
         self.theme_changed_signal.subscribe(self, lambda theme: remember.save_theme(theme.name))
         self.call_after_refresh(self._begin)
+
+    def on_unmount(self) -> None:
+        self.backend.close()
 
     def _begin(self) -> None:
         """After the first paint: read the workspace, then look after the jobs."""
@@ -223,13 +227,9 @@ class MedmergeApp(App[None]):
         """Read the events of these jobs too, even when they have ended."""
         self.wanted |= set(job_ids)
 
-    def start_job(
-        self, action: Action, follow: Action | None = None, prepare: Callable[[], None] | None = None
-    ) -> None:
-        """Start a job and say so; `follow` is started when it ended well (while the app is open).
-
-        `prepare` runs before it in the same thread (files the job or its command line needs).
-        """
+    def start_job(self, action: Action, prepare: Callable[[], None] | None = None) -> None:
+        """Start a job and say so. `prepare` runs before it in the same thread (files the job or its command line
+        needs)."""
 
         def start() -> JobRow:
             if prepare:
@@ -239,7 +239,7 @@ class MedmergeApp(App[None]):
         self.in_thread(
             f"starting {action.kind}",
             start,
-            lambda job: self.post_message(JobStarted(job, follow)),
+            lambda job: self.post_message(JobStarted(job)),
         )
 
     def cancel_job(self, job: JobRow) -> None:
@@ -267,8 +267,6 @@ class MedmergeApp(App[None]):
 
     def on_job_started(self, message: JobStarted) -> None:
         self.notify(plain(message.job.title), title="started", markup=False, timeout=3)
-        if message.follow:
-            self._follow[message.job.id] = message.follow
         if message.job.id not in {job.id for job in self.jobs}:
             self.jobs = (message.job, *self.jobs)
         self._tell_jobs()
@@ -282,9 +280,6 @@ class MedmergeApp(App[None]):
             word = {1: "the check said no", 4: "the check could not tell"}.get(job.exit_code, "done")
         text = plain(f"{job.title}: {word}" + (f". {job.error}" if job.error else ""))
         self.notify(text, severity=severity, markup=False, timeout=8 if severity != "information" else 4)
-        follow = self._follow.pop(job.id, None)
-        if follow and job.state == "done" and not job.exit_code:
-            self.start_job(follow)
         self.read_workspace()
 
     def on_action_failed(self, message: ActionFailed) -> None:
@@ -325,8 +320,18 @@ class MedmergeApp(App[None]):
         self.choose(selection)
 
     def show(self, name: str) -> None:
+        while len(self.screen_stack) > 1 and isinstance(self.screen, MedScreen):
+            self.pop_screen()  # a report lies over the screen it was opened from
         if name != self.current_mode:
             self.switch_mode(name)
+
+    def show_report(self, path: str) -> None:
+        """Open the report of the merge in this folder over the current screen."""
+        from tui.screens.report import ReportScreen
+
+        if isinstance(self.screen, ReportScreen):
+            self.pop_screen()
+        self.push_screen(ReportScreen(path))
 
     def show_merge(self, weights: dict[str, float]) -> None:
         """Go to the merge screen with these weights set."""

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from tui import actions
 from tui.actions import Action, Mixture
+from tui.forecaster import Forecaster
 from tui.jobwatch import JobWatch, job_row
 from tui.snapshots import (
     AdapterDetail,
@@ -19,6 +21,7 @@ from tui.snapshots import (
     Overview,
     PlanView,
     SampleRow,
+    VerdictView,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +44,19 @@ class Backend(Protocol):
 
     def plan(self, mixture: Mixture) -> PlanView:
         """What merging would cost; reads headers only."""
+        ...
+
+    def forecast(self, mixture: Mixture) -> PlanView:
+        """The plan with seconds, memory and rounding loss; a child process works a second or two on it.
+        Asking anew ends the one that runs, whose caller gets a CancelledError."""
+        ...
+
+    def report(self, path: str) -> VerdictView | None:
+        """The whole verdict kept beside a merge, None where there is none."""
+        ...
+
+    def close(self) -> None:
+        """The app ends: give up what only it waits for."""
         ...
 
     def poll_jobs(self, wanted: frozenset[str]) -> tuple[tuple[JobRow, ...], dict[str, JobFeed]]:
@@ -82,6 +98,7 @@ class LocalBackend:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._watch = JobWatch(root / "jobs")
+        self._forecaster = Forecaster()
 
     def overview(self, base: str) -> Overview:
         from engine.workspace import Workspace
@@ -95,9 +112,20 @@ class LocalBackend:
         return adapter_detail(Path(path))
 
     def plan(self, mixture: Mixture) -> PlanView:
-        from tui.reading import plan_view
+        from tui.reading_merges import plan_view
 
         return plan_view(mixture.recipe())
+
+    def forecast(self, mixture: Mixture) -> PlanView:
+        return self._forecaster.forecast(actions.plan(self.root, mixture))
+
+    def report(self, path: str) -> VerdictView | None:
+        from tui.reading_merges import report
+
+        return report(Path(path))
+
+    def close(self) -> None:
+        self._forecaster.stop()
 
     def poll_jobs(self, wanted: frozenset[str]) -> tuple[tuple[JobRow, ...], dict[str, JobFeed]]:
         return self._watch.poll(wanted)

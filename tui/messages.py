@@ -7,7 +7,6 @@ from typing import Any
 
 from textual.message import Message
 
-from tui.actions import Action
 from tui.snapshots import AdapterDetail, JobFeed, JobRow, Overview
 
 
@@ -28,10 +27,9 @@ class JobsPolled(Message):
 
 @dataclass
 class JobStarted(Message):
-    """A job process was started; `follow` is to be started when it ended well."""
+    """A job process was started."""
 
     job: JobRow
-    follow: Action | None = None
 
 
 @dataclass

@@ -9,6 +9,7 @@ from textual.app import App
 from textual.binding import Binding
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
+from tui.safe_text import plain
 from tui.screens.base import MedScreen
 from tui.widgets.topbar import SCREENS
 
@@ -73,6 +74,26 @@ class ActionProvider(Provider):
         return run
 
 
+class ReportProvider(Provider):
+    """`report: NAME` for every merge."""
+
+    def _merges(self) -> list[tuple[str, str]]:
+        overview = getattr(self.app, "overview", None)
+        return [(plain(row.name), row.path) for row in overview.merges] if overview else []
+
+    async def discover(self) -> Hits:
+        for name, path in self._merges()[:3]:
+            yield DiscoveryHit(f"report: {name}", partial(_report, self.app, path), help="its verdict")
+
+    async def search(self, query: str) -> Hits:
+        matcher = self.matcher(query)
+        for name, path in self._merges():
+            score = matcher.match(f"report: {name}")
+            if score > 0:
+                words = matcher.highlight(f"report: {name}")
+                yield Hit(score, words, partial(_report, self.app, path), help="its verdict")
+
+
 class ThemeProvider(Provider):
     """`theme: NAME`: ours first, then Textual's."""
 
@@ -94,6 +115,10 @@ class ThemeProvider(Provider):
 
 def _show(app: App[object], name: str) -> None:
     app.call_later(app.run_action, f"show('{name}')")
+
+
+def _report(app: App[object], path: str) -> None:
+    app.call_later(app.show_report, path)  # type: ignore[attr-defined]
 
 
 def _has(node: object, action: str) -> bool:

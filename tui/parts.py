@@ -21,6 +21,7 @@ STATE_MARKS = {
 
 
 FACT_WIDTH = 10
+FINDINGS_SHOWN = 2
 
 
 def fact(what: str, value: Content | str, width: int = 0) -> Content:
@@ -95,7 +96,7 @@ def verdict_strip(verdict: VerdictView) -> Content:
             (f"{mark} {head}", f"bold {style}"), "   ", (plain(verdict.message), "" if verdict.ok else style)
         )
     ]
-    columns = [("asked", verdict.asked), ("dtype keeps", verdict.expected), ("found", verdict.found)]
+    columns = [("asked", verdict.asked), ("expected", verdict.expected), ("found", verdict.found)]
     numbers = [
         Content.assemble((f"{name} ", "$faint"), _slashed(values, 2 if name == "asked" else 4))
         for name, values in columns
@@ -116,9 +117,14 @@ def verdict_strip(verdict: VerdictView) -> Content:
                 "$faint",
             )
         )
-    for code, detail in verdict.findings:
-        if code != "ok":
-            lines.append(Content.assemble((f"  {plain(code)}  ", style), plain(detail)))
+    told = [finding for finding in verdict.findings if finding.code != "ok"]
+    for finding in told[:FINDINGS_SHOWN]:
+        said = "" if finding.message == verdict.message else finding.message
+        lines.append(
+            Content.assemble((f"  {plain(finding.code)}  ", style), cut(said or finding.detail, 200))
+        )
+    if len(told) > FINDINGS_SHOWN:
+        lines.append(Content.styled(f"  and {len(told) - FINDINGS_SHOWN} more: r opens the report", "$faint"))
     return Content("\n").join(lines)
 
 

@@ -5,9 +5,7 @@ Only headers and small JSON files are read here, except `adapter_detail`, which 
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,25 +15,22 @@ from engine.weights.adapter import Adapter
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.discover import FoundAdapter, find_adapters, find_models
 from engine.workspace import Workspace
+from tui.foreign import read_json_object
+from tui.reading_merges import read_merges
 from tui.snapshots import (
     AdapterDetail,
     AdapterRow,
     DataFile,
     GgufRow,
-    MergeRow,
     ModelRow,
-    OverlapView,
     Overview,
-    PlanView,
     RunRow,
     SampleRow,
-    VerdictView,
 )
 
 if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
 
-MANIFEST = "medmerge.json"
 MAX_CURVE = 2000
 
 
@@ -46,16 +41,13 @@ def read_workspace(workspace: Workspace, base: str) -> Overview:
     ]
     chosen = _open_base(base or (models[0].path if len(models) == 1 else ""))
     adapters = [_adapter(found, chosen) for found in find_adapters(workspace.places("adapters"))]
-    merges = [
-        _merge(found.path, found.model, found.error) for found in find_models(workspace.places("merges"))
-    ]
     probe = workspace.root if workspace.root.exists() else Path.home()
     return Overview(
         root=str(workspace.root),
         models=tuple(models),
         adapters=tuple(adapters),
-        merges=tuple(sorted(merges, key=lambda row: row.created, reverse=True)),
-        ggufs=tuple(_ggufs(workspace.places("gguf"))),
+        merges=read_merges(workspace),
+        ggufs=tuple(_ggufs(workspace)),
         runs=tuple(_runs(workspace.places("runs"))),
         data=tuple(_data(workspace.places("data"))),
         free=shutil.disk_usage(probe).free,
@@ -193,144 +185,12 @@ def curve_points(curve: Any, key: str) -> tuple[tuple[float, float], ...]:
     return tuple(points)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} when there is none to read: notes beside results are optional."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _merge(path: Path, model: Checkpoint | None, error: MedmergeError | None) -> MergeRow:
-    note = read_json_object(path / MANIFEST)
-    recipe = note.get("recipe")
-    recipe = recipe if isinstance(recipe, dict) else {}
-    adapters = recipe.get("adapters")
-    said = note.get("verification")
-    return MergeRow(
-        str(path),
-        path.name,
-        weights=_weights(adapters),
-        method=str(recipe.get("method") or ""),
-        dtype=model.dtype if model else "",
-        nbytes=model.nbytes if model else 0,
-        created=path.stat().st_mtime,
-        verdict=verdict(said) if isinstance(said, dict) and said.get("done") else None,
-        base=str(recipe.get("base") or ""),
-        adapters=tuple(
-            (str(label), str(entry.get("path")))
-            for label, entry in (adapters.items() if isinstance(adapters, dict) else ())
-            if isinstance(entry, dict)
-        ),
-        by_tensor=isinstance(adapters, dict)
-        and any(isinstance(e, dict) and isinstance(e.get("weight"), dict) for e in adapters.values()),
-        error=error.message if error else "",
-    )
-
-
-def _weights(adapters: Any) -> tuple[tuple[str, float], ...]:
-    """(label, weight) of a recipe's adapters; the default where selectors give several."""
-    found = []
-    for label, entry in adapters.items() if isinstance(adapters, dict) else ():
-        value = entry.get("weight") if isinstance(entry, dict) else None
-        if isinstance(value, dict):
-            value = value.get("default")
-        weight = number(value)
-        if weight is not None:
-            found.append((str(label), weight))
-    return tuple(found)
-
-
-def verdict(said: dict[str, Any]) -> VerdictView:
-    """A verdict as `medmerge verify --json` prints it (and the manifest keeps it)."""
-    findings = tuple(
-        (str(item.get("code", "")), str(item.get("message") or item.get("detail") or ""))
-        for item in said.get("findings") or []
-        if isinstance(item, dict)
-    )
-    code = str(said.get("verdict") or (findings[0][0] if findings else ""))
-    ok: bool | None = bool(said.get("ok"))
-    codes = {code, *(code for code, _ in findings)}
-    if not ok and (said.get("exit_code") == 4 or codes <= {"not_identifiable", "not_checkable"}):
-        ok = None
-    return VerdictView(
-        ok=ok,
-        code=code,
-        message=str(said.get("message") or ""),
-        asked=numbers(said.get("asked")),
-        expected=numbers(said.get("expected_weights")),
-        found=numbers(said.get("effective_weights")),
-        residual=number(said.get("residual")),
-        floor=number(said.get("rounding_floor")),
-        unchanged_share=number(said.get("unchanged_share")),
-        differing_share=number(said.get("differing_share")),
-        tensors=int(number(said.get("tensors_checked")) or 0),
-        findings=findings,
-    )
-
-
-def number(value: Any) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
-
-
-def numbers(values: Any) -> dict[str, float]:
-    """The entries of a mapping that are finite numbers."""
-    if not isinstance(values, dict):
-        return {}
-    return {str(key): float(value) for key, value in values.items() if number(value) is not None}
-
-
-def plan_view(recipe: dict[str, Any]) -> PlanView:
-    """A merge's plan from headers only: bytes, tensors, warnings. Raises what `medmerge plan` would say."""
-    from engine.merge.plan import make_plan
-    from engine.merge.recipe import parse
-
-    plan = make_plan(parse(recipe, "the merge", []))
-    probe = plan.recipe.output.parent
-    while not probe.exists():
-        probe = probe.parent
-    return PlanView(
-        read=plan.bytes_read,
-        written=plan.bytes_written,
-        memory=0,
-        free=shutil.disk_usage(probe).free,
-        touched=len(plan.changed),
-        copied=sum(1 for tensor in plan.tensors if tensor.copied),
-        warnings=plan.warnings,
-    )
-
-
-def overlap(said: dict[str, Any]) -> OverlapView:
-    """The result of an interference job: `modules` and `overall` as `medmerge interference --json` gives them."""
-    overall = said.get("overall")
-    overall = overall if isinstance(overall, dict) else {}
-    kinds: dict[str, dict[int, float]] = {}
-    for module in said.get("modules") or []:
-        if not isinstance(module, dict):
-            continue
-        name, value = str(module.get("name", "")), number(module.get("cosine"))
-        layer = re.search(r"\.(\d+)\.", name)
-        if layer and value is not None:
-            kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-            kinds.setdefault(kind, {})[int(layer[1])] = value
-    depth = max((layer for values in kinds.values() for layer in values), default=-1) + 1
-    return OverlapView(
-        cosine=number(overall.get("cosine")),
-        sign_conflict=number(overall.get("sign_conflict")),
-        subspace=number(overall.get("subspace_overlap")),
-        norms=numbers(overall.get("norm")),
-        by_kind=tuple(
-            (kind, tuple(values.get(layer, math.nan) for layer in range(depth)))
-            for kind, values in kinds.items()
-        ),
-    )
-
-
-def _ggufs(places: list[Path]) -> list[GgufRow]:
-    files = [path for place in places if place.is_dir() for path in sorted(place.rglob("*.gguf"))]
+def _ggufs(workspace: Workspace) -> list[GgufRow]:
+    """The files in gguf/, and those that merges wrote beside themselves."""
+    places = [place for place in workspace.places("gguf") if place.is_dir()]
+    beside = [place for place in workspace.places("merges") if place.is_dir()]
+    files = [path for place in places for path in sorted(place.rglob("*.gguf"))]
+    files += [path for place in beside for path in sorted(place.glob("*.gguf"))]
     return [
         GgufRow(
             str(path), path.name, path.stat().st_size, "adapter" if "lora" in path.name.lower() else "model"

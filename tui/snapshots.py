@@ -7,7 +7,9 @@ made safe where it is shown (`tui.safe_text.plain`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+LOSS_WORTH_SAYING = 0.02  # of a weight, as engine.merge.forecast has it
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,35 @@ class MergeRow:
     nbytes: int = 0
     created: float = 0.0
     verdict: VerdictView | None = None
-    base: str = ""  # paths of what went in, for verifying again
-    adapters: tuple[tuple[str, str], ...] = ()
+    base: str = ""  # path of what it was merged onto
+    adapters: tuple[tuple[str, str], ...] = ()  # (label, path)
     by_tensor: bool = False  # a weight differs by tensor (selectors): one number does not say it
     error: str = ""
+    kind: str = "checkpoint"  # or "adapter"
+    rejected: bool = False  # its verification said no: kept for study as NAME.rejected
+    parameters: tuple[tuple[str, str], ...] = ()  # those of the method: (name, value)
+    manifest: bool = True  # medmerge.json says what was asked
+
+
+class FindingView(NamedTuple):
+    """One thing a verification found. `detail` is what it is about: a label, a factor, modules."""
+
+    code: str
+    message: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class ModuleView:
+    """One module's own numbers. `error` is the error against that of one ideal rounding (1 is right)."""
+
+    name: str
+    elements: int = 0
+    differing: int = 0
+    unchanged: int = 0
+    error: float | None = None
+    residual: float | None = None
+    found: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,12 +137,26 @@ class VerdictView:
     unchanged_share: float | None = None
     differing_share: float | None = None
     tensors: int = 0
-    findings: tuple[tuple[str, str], ...] = ()  # (code, detail)
+    findings: tuple[FindingView, ...] = ()
+    likely: dict[str, float] = field(default_factory=dict)  # nobody said weights: the round ones that fit
+    loss: dict[str, float] = field(
+        default_factory=dict
+    )  # asked - expected: what rounding takes of each weight
+    elements: int = 0
+    differing: int = 0
+    dtype: str = ""
+    seconds: float | None = None
+    warnings: tuple[str, ...] = ()
+    worst: tuple[ModuleView, ...] = ()
+    modules: tuple[ModuleView, ...] = ()
 
 
 @dataclass(frozen=True)
 class PlanView:
-    """What a merge will cost, before it runs. Bytes and seconds; `fits` is False when the disk is too full."""
+    """What a merge will cost, before it runs. Bytes and seconds; `fits` is False when the disk is too full.
+
+    The header's numbers come at once; `measured` ones (seconds, memory, rounding loss) a moment later.
+    """
 
     read: int
     written: int
@@ -125,12 +166,21 @@ class PlanView:
     copied: int
     seconds: float | None = None
     expected: dict[str, float] = field(default_factory=dict)  # weights the output dtype will keep
+    lost: dict[str, float] = field(default_factory=dict)  # share of each weight that rounding takes, 0 to 1
+    unchanged_share: float | None = None
+    dtype: str = ""
     warnings: tuple[str, ...] = ()
     error: str = ""
+    measured: bool = False
 
     @property
     def fits(self) -> bool:
         return self.free > self.written
+
+    @property
+    def too_coarse(self) -> dict[str, float]:
+        """The adapters that rounding takes more than 2% of."""
+        return {label: share for label, share in self.lost.items() if share > LOSS_WORTH_SAYING}
 
 
 @dataclass(frozen=True)
@@ -146,7 +196,7 @@ class OverlapView:
 
 @dataclass(frozen=True)
 class GgufRow:
-    """A GGUF file, with the merge or base it says it came from."""
+    """A GGUF file, in gguf/ or beside the merge it was made with."""
 
     path: str
     name: str
@@ -251,6 +301,9 @@ class Overview:
 
     def model(self, path: str) -> ModelRow | None:
         return next((row for row in self.models if row.path == path), None)
+
+    def merge(self, path: str) -> MergeRow | None:
+        return next((row for row in self.merges if row.path == path), None)
 
     def adapter(self, path: str) -> AdapterRow | None:
         return next((row for row in self.adapters if row.path == path), None)

@@ -35,8 +35,6 @@ def start(args: argparse.Namespace) -> int:
 
     app = MedmergeApp(LocalBackend(workspace.root))
     app.run()
-    for action in app.waiting:
-        print(f"not started, since the app was closed: {action.command}", file=sys.stderr)
     live = [job for job in app.jobs if not job.final]
     if live:
         count = f"{len(live)} job{'s go' if len(live) > 1 else ' goes'} on"

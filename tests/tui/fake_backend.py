@@ -21,6 +21,7 @@ from tui.snapshots import (
     AdapterDetail,
     AdapterRow,
     DataFile,
+    FindingView,
     GgufRow,
     JobFeed,
     JobRow,
@@ -55,12 +56,12 @@ PICKLE = AdapterRow(
 
 GOOD = VerdictView(
     True, "ok", "every element is right: pt / sft merged at 0.300 / 0.700", {"pt": 0.3, "sft": 0.7},
-    {"pt": 0.298, "sft": 0.695}, {"pt": 0.298, "sft": 0.695}, 0.057, 0.057, 0.26, 0.0, 280, (("ok", ""),),
+    {"pt": 0.298, "sft": 0.695}, {"pt": 0.298, "sft": 0.695}, 0.057, 0.057, 0.26, 0.0, 280, (FindingView("ok"),),
 )  # fmt: skip
 SQUARED = VerdictView(
     False, "weight_squared", "the weights were applied twice: found 0.090 / 0.490 where 0.300 / 0.700 was asked",
     {"pt": 0.3, "sft": 0.7}, {"pt": 0.298, "sft": 0.695}, {"pt": 0.09, "sft": 0.49}, 0.116, 0.057, 0.3, 0.9, 280,
-    (("weight_squared", "the weights were applied twice"),),
+    (FindingView("weight_squared", "the weights were applied twice"),),
 )  # fmt: skip
 MERGE = MergeRow(
     "/ws/merges/pt30-sft70", "pt30-sft70", (("pt", 0.3), ("sft", 0.7)), "linear", "BF16", 29_536_614_400, 2.0, GOOD,
@@ -104,6 +105,11 @@ def metric(pt: float, name: str, value: float, task: str = "medquad_short", **mo
     )
 
 
+FORECAST: dict[str, Any] = {
+    "memory": 190_000_000, "seconds": 38.0, "lost": {"pt": 0.004, "sft": 0.007}, "unchanged_share": 0.26,
+    "measured": True,
+}  # fmt: skip
+
 SWEEP = ((0.0, 25.1, 8.2, 11.5), (0.3, 14.4, 4.7, 8.6), (0.5, 10.3, 4.0, 7.1), (1.0, 1.0, 1.1, 6.0))
 TABLE = tuple(
     row
@@ -131,6 +137,9 @@ class FakeBackend:
         self.rows: tuple[MetricRow, ...] = TABLE
         self.models: list[FakeChatModel] = []
         self.answers: list[str] = ["Metformin is taken with food."]
+        self.forecasts: dict[str, dict[str, Any]] = {}  # by dtype
+        self.reports: dict[str, VerdictView] = {}
+        self.closed = False
 
     def _ask(self, name: str) -> None:
         if name in self.fail:
@@ -149,7 +158,18 @@ class FakeBackend:
 
     def plan(self, mixture: Mixture) -> PlanView:
         self._ask("plan")
-        return PlanView(29_700_000_000, 29_536_614_400, 190_000_000, 412_000_000_000, 280, 163, 38.0)
+        return PlanView(29_700_000_000, 29_536_614_400, 0, 412_000_000_000, 280, 163, dtype=mixture.dtype)
+
+    def forecast(self, mixture: Mixture) -> PlanView:
+        self._ask("forecast")
+        return replace(self.plan(mixture), **self.forecasts.get(mixture.dtype, FORECAST))
+
+    def report(self, path: str) -> VerdictView | None:
+        self._ask("report")
+        return self.reports.get(path)
+
+    def close(self) -> None:
+        self.closed = True
 
     def poll_jobs(self, wanted: frozenset[str]) -> tuple[tuple[JobRow, ...], dict[str, JobFeed]]:
         feeds, self.feeds = self.feeds, {}

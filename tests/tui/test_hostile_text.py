@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.tui.fake_backend import BASE, CHOSEN, FULL, MERGE, PT, SFT, TABLE, FakeBackend, job, show, until
 from tui.app import MedmergeApp
-from tui.snapshots import JobFeed, VerdictView
+from tui.snapshots import FindingView, JobFeed, VerdictView
 from tui.widgets.stream import StreamPane, Turn
 
 EVIL = "\x1b]0;owned\x07\x1b[31m[bold red]x[/]\u202egnp.exe[@click=app.quit]c[/]\x9b5n\r"
@@ -27,7 +27,9 @@ def assert_tame(app: MedmergeApp) -> None:
 
 
 async def test_names_errors_logs_and_verdicts_are_tame_on_every_screen() -> None:
-    bad = VerdictView(False, EVIL, EVIL, {EVIL: 0.3}, {EVIL: 0.3}, {EVIL: 0.1}, findings=((EVIL, EVIL),))
+    bad = VerdictView(
+        False, EVIL, EVIL, {EVIL: 0.3}, {EVIL: 0.3}, {EVIL: 0.1}, findings=(FindingView(EVIL, EVIL, EVIL),)
+    )
     view = replace(
         FULL,
         root=f"/ws/{EVIL}",

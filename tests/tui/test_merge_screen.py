@@ -7,7 +7,6 @@ from dataclasses import replace
 from tests.tui.fake_backend import FULL, PT, SFT, SQUARED, FakeBackend, job, show, text_of, until
 from tui.app import MedmergeApp
 from tui.snapshots import Selection
-from tui.widgets.choice import Choice
 from tui.widgets.field import Field
 from tui.widgets.slider import WeightSlider
 
@@ -109,16 +108,13 @@ async def test_verdict_of_the_highlighted_merge(app: MedmergeApp) -> None:
         assert SQUARED.message in text_of(app, "#verdict")
 
 
-async def test_verify_asks_for_the_weights_in_the_manifest(app: MedmergeApp, backend: FakeBackend) -> None:
+async def test_verify_asks_the_merges_own_manifest(app: MedmergeApp, backend: FakeBackend) -> None:
     async with app.run_test(size=(120, 36)) as pilot:
         await show(pilot, "merge")
         await pilot.press("v")
         await until(pilot, lambda: backend.started)
-        params = backend.started[0].params
-        assert params["weights"] == {"pt": 0.3, "sft": 0.7} and params["adapters"] == {
-            "pt": PT.path,
-            "sft": SFT.path,
-        }
+        assert backend.started[0].params == {"merged": "/ws/merges/pt30-sft70"}
+        assert backend.started[0].command == "medmerge verify /ws/merges/pt30-sft70 --workspace /ws"
 
 
 async def test_a_taken_name_is_refused(app: MedmergeApp, backend: FakeBackend) -> None:
@@ -127,23 +123,6 @@ async def test_a_taken_name_is_refused(app: MedmergeApp, backend: FakeBackend) -
         await pilot.press("n", "ctrl+u", *"theirs", "enter", "m")
         await until(pilot, lambda: app._notifications)
         assert backend.started == []
-
-
-async def test_gguf_afterwards_waits_for_a_good_verdict(app: MedmergeApp, backend: FakeBackend) -> None:
-    async with app.run_test(size=(120, 36)) as pilot:
-        await show(pilot, "merge")
-        app.screen.query_one("#then", Choice).value = "q4_k_m"
-        await pilot.press("m")
-        await until(pilot, lambda: len(backend.started) == 1 and len(app.jobs) == 1)
-        backend.finish("merge-101", exit_code=1)
-        await until(pilot, lambda: app.jobs[0].final)
-        await pilot.press("right", "m")
-        await until(pilot, lambda: len(backend.started) == 2)
-        await until(pilot, lambda: any(row.id == "merge-102" for row in app.jobs))
-        backend.finish("merge-102")
-        await until(pilot, lambda: len(backend.started) == 3)
-        assert [action.kind for action in backend.started] == ["merge", "merge", "gguf"]
-        assert backend.started[2].params["source"] == "/ws/merges/pt35-sft70"
 
 
 async def test_nothing_chosen_says_what_to_do(backend: FakeBackend) -> None:

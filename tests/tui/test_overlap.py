@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tui.reading import overlap
+from tui.results import overlap
 from tui.widgets.overlap import overlap_content
 
 

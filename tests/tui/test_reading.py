@@ -13,6 +13,8 @@ from tui import reading
 from tui.actions import Mixture
 from tui.backend import LocalBackend
 from tui.jobwatch import JobWatch
+from tui.reading_merges import merge_row
+from tui.results import verdict
 
 
 def test_a_real_workspace(tmp_path: Path, tiny_llama: Path, make_adapter: MakeAdapter) -> None:
@@ -44,17 +46,17 @@ def test_verdicts_in_words() -> None:
         "verdict": "not_identifiable",
         "findings": [{"code": "not_identifiable", "detail": "d"}],
     }
-    assert reading.verdict(said).ok is None
+    assert verdict(said).ok is None
     said = {"ok": False, "verdict": "swapped", "exit_code": 1, "effective_weights": {"pt": 0.7, "sft": None}}
-    verdict = reading.verdict(said)
-    assert verdict.ok is False and verdict.found == {"pt": 0.7}
-    assert reading.verdict({"ok": True}).ok is True
+    found = verdict(said)
+    assert found.ok is False and found.found == {"pt": 0.7}
+    assert verdict({"ok": True}).ok is True
 
 
 def test_a_broken_note_hides_nothing(tmp_path: Path) -> None:
     for content in ("", "[1]", '{"verification": 3, "recipe": {"adapters": [1]}}', "{"):
         (tmp_path / "medmerge.json").write_text(content)
-        row = reading._merge(tmp_path, None, None)
+        row = merge_row(tmp_path, None, None)
         assert row.verdict is None and row.weights == ()
 
 

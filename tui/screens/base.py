@@ -30,6 +30,7 @@ class MedScreen(Screen[None]):
     """A numbered screen. `NAME` is its mode; `action()` what `c` shows as a command line."""
 
     NAME = ""
+    TAB = ""  # the numbered screen it belongs to, where that is another one
     AUTO_FOCUS = ""
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]
     VERTICAL_BREAKPOINTS = [(0, "-short"), (30, "-tall")]
@@ -50,7 +51,7 @@ class MedScreen(Screen[None]):
         return self.app
 
     def compose(self) -> ComposeResult:
-        yield TopBar(self.NAME)
+        yield TopBar(self.TAB or self.NAME)
         yield from self.body()
         yield KeyBar()
 

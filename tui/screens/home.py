@@ -30,6 +30,7 @@ class HomeScreen(MedScreen):
     BINDINGS = [
         Binding("enter", "go", "do it"),
         Binding("d", "demo", "make the demo"),
+        Binding("r", "report", "report of the latest merge"),
         Binding("u", "reread", "read again", show=False),
     ]
 
@@ -151,6 +152,8 @@ class HomeScreen(MedScreen):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "demo":
             return bool(self._step and self._step.go == "demo")
+        if action == "report":
+            return bool(self.med.overview and self.med.overview.merges)
         return True
 
     def action_go(self) -> None:
@@ -163,6 +166,10 @@ class HomeScreen(MedScreen):
 
     def action_demo(self) -> None:
         self.med.start_job(actions.demo(self.med.backend.root))
+
+    def action_report(self) -> None:
+        if self.med.overview and self.med.overview.merges:
+            self.med.show_report(self.med.overview.merges[0].path)
 
     def action_reread(self) -> None:
         self.med.read_workspace()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.containers import Container, Horizontal
+from textual.containers import Horizontal
 from textual.content import Content
 from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
@@ -15,21 +16,23 @@ from textual.widgets import Input, OptionList, Static
 from tui import actions
 from tui.actions import Action, Mixture
 from tui.parts import fact, job_line, verdict_line, verdict_strip, weights_content
+from tui.results import overlap, verdict
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
+from tui.screens.report import NO_QUESTION, verify_action
 from tui.snapshots import JobFeed, JobRow, MergeRow, Overview, PlanView
 from tui.text import cut, fit, size, weight_name
-from tui.widgets.choice import Choice
-from tui.widgets.field import Field
+from tui.widgets.cost import FINER, plan_content
+from tui.widgets.method import GGUF_TYPES, MethodSettings
 from tui.widgets.overlap import overlap_content
 from tui.widgets.rows import RowList
 from tui.widgets.sized import SizedStatic
 from tui.widgets.slider import WeightSlider
+from tui.widgets.verdict import DTYPES
 
-METHODS = (("linear", "linear"), ("task_arithmetic", "task arithmetic"))
-DTYPES = (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32"))
-GGUF_TYPES = ("q4_k_m", "q5_k_m", "q8_0", "f16", "bf16")
-PLAN_DELAY = 0.25  # seconds after the last change before the plan is made anew
+PLAN_DELAY = 0.25  # seconds after the last change before headers are read anew
+FORECAST_DELAY = 1.0  # and before a child process tries the disk and samples the rounding
+FORECASTS_KEPT = 64
 
 
 class MergeScreen(MedScreen):
@@ -38,10 +41,12 @@ class MergeScreen(MedScreen):
     QUESTION = "Merge: what will I get, and did I get it?"
     BINDINGS = [
         Binding("m", "merge", "merge"),
+        Binding("r", "report", "report"),
+        Binding("f", "finer", "finer dtype"),
         Binding("v", "verify", "verify"),
         Binding("o", "overlap", "overlap"),
         Binding("g", "gguf", "gguf"),
-        Binding("n", "name", "name"),
+        Binding("n", "name", "name", show=False),
         Binding("up", "app.focus_previous", "previous field", show=False),
         Binding("down", "app.focus_next", "next field", show=False),
     ]
@@ -49,25 +54,20 @@ class MergeScreen(MedScreen):
     def __init__(self) -> None:
         super().__init__()
         self._plan: PlanView | None = None
-        self._plan_error = ""
         self._planned: Mixture | None = None
+        self._forecasts: dict[str, PlanView] = {}  # by recipe
         self._named = False  # the person typed a name
         self._watched = ""  # the merge or verify job whose end is shown
-        self._timer: Timer | None = None
+        self._shown_of = ""  # the watched job whose merge was highlighted in the list
+        self._plan_timers: list[Timer] = []
+        self._linear_weights: dict[str, float] = {}  # what to go back to from slerp
 
     def body(self) -> ComposeResult:
         for label, value in (("pt", 0.3), ("sft", 0.7)):
             with Horizontal(classes="weight-row"):
                 yield WeightSlider(label, value, id=label)
                 yield Static(id=f"{label}-name", classes="adapter-name")
-        with Container(id="settings"):
-            with Horizontal(id="choices"):
-                yield Choice("method", METHODS, id="method")
-                yield Choice("dtype", DTYPES, id="dtype")
-                yield Choice("then gguf", (("", "none"), *((t, t) for t in GGUF_TYPES)), id="then")
-            with Horizontal(id="naming"):
-                yield Static(Content("name "), classes="label")
-                yield Field(id="name")
+        yield MethodSettings(id="settings")
         yield SizedStatic(id="plan")
         yield Static(id="verdict")
         yield Static(Content("Merges"), classes="heading")
@@ -87,17 +87,30 @@ class MergeScreen(MedScreen):
         adapters = selection.labels()
         if not selection.base or not adapters:
             return None
-        weights = {label: self.query_one(f"#{label}", WeightSlider).value for label in adapters}
+        settings = self.settings
+        weights = self._weights()
         typed = self.query_one("#name", Input).value.strip() if self._named else ""
         name = typed or self._free_name(weights)
+        folder = "adapters" if settings.kind == "adapter" else "merges"
         return Mixture(
             selection.base,
             adapters,
             weights,
-            out=str(Path(self.med.backend.root) / "merges" / name),
-            method=self.query_one("#method", Choice).value,
-            dtype=self.query_one("#dtype", Choice).value,
+            out=str(Path(self.med.backend.root) / folder / name),
+            method=settings.method,
+            dtype=settings.dtype,
+            parameters=settings.parameters,
+            kind=settings.kind,
+            gguf=settings.gguf,
         )
+
+    @property
+    def settings(self) -> MethodSettings:
+        return self.query_one("#settings", MethodSettings)
+
+    def _weights(self) -> dict[str, float]:
+        labels = self.med.selection.labels()
+        return {label: self.query_one(f"#{label}", WeightSlider).value for label in labels}
 
     # ---- showing -----------------------------------------------------------------------------------------
 
@@ -112,6 +125,7 @@ class MergeScreen(MedScreen):
             self.query_one(f"#{label}-name", Static).update(words)
             self.query_one(f"#{label}", WeightSlider).disabled = row is None
         self.rows.show(overview.merges)
+        self._highlight_result()
         self._rename()
         self._replan()
         self._show_verdict()
@@ -121,8 +135,19 @@ class MergeScreen(MedScreen):
         live = next((job for job in mine if not job.final), None)
         if live:
             self._watched = live.id
+        self._highlight_result()
         self._show_verdict()
         self._show_plan()
+
+    def _highlight_result(self) -> None:
+        """Once the watched merge is on disk, the list stands on it: r, v and g mean that one."""
+        job = next((job for job in self.med.jobs if job.id == self._watched), None)
+        if job is None or job.state != "done" or job.kind != "merge" or self._shown_of == job.id:
+            return
+        out = str(job.result.get("out") or "")
+        if any(row.path == out for row in self.rows.rows):
+            self._shown_of = job.id
+            self.rows.choose(out)
 
     def _show_verdict(self) -> None:
         self.query_one("#verdict", Static).update(self._verdict())
@@ -139,8 +164,6 @@ class MergeScreen(MedScreen):
         if job:
             said = job.result if job.kind == "verify" else job.result.get("verdict")
             if isinstance(said, dict):
-                from tui.reading import verdict
-
                 name = Path(str(job.result.get("out") or job.params.get("merged") or "")).name
                 return Content.assemble((cut(name, 40), "bold"), "  ") + verdict_strip(verdict(said))
         row = self.rows.current
@@ -155,13 +178,17 @@ class MergeScreen(MedScreen):
         )
 
     def _replan(self) -> None:
+        """Plan anew once the person rests: headers at once, the child process after a second."""
         mixture = self.mixture
         if mixture is None or mixture == self._planned:
             self._show_plan()
             return
-        if self._timer:
-            self._timer.stop()
-        self._timer = self.set_timer(PLAN_DELAY, self._ask_plan)
+        for timer in self._plan_timers:
+            timer.stop()
+        self._plan_timers = [
+            self.set_timer(PLAN_DELAY, self._ask_plan),
+            self.set_timer(FORECAST_DELAY, self._ask_forecast),
+        ]
         self._show_plan()
 
     def _ask_plan(self) -> None:
@@ -171,8 +198,22 @@ class MergeScreen(MedScreen):
         self._planned = mixture
         self.ask("plan", lambda: self.med.backend.plan(mixture))
 
+    def _ask_forecast(self) -> None:
+        mixture = self.mixture
+        if mixture is None or mixture.kind == "adapter" or _key(mixture) in self._forecasts:
+            return
+        if self._plan is not None and self._plan.error:
+            return  # the headers refuse it already
+        key = _key(mixture)
+        self.ask("forecast", lambda: (key, self.med.backend.forecast(mixture)))
+
     def answered(self, question: str, value: Any) -> None:
-        self._plan = value
+        if question == "plan":
+            self._plan = value
+        elif question == "forecast":
+            while len(self._forecasts) >= FORECASTS_KEPT:
+                self._forecasts.pop(next(iter(self._forecasts)))
+            key, self._forecasts[key] = value[0], value[1]
         self._show_plan()
 
     def refused(self, question: str, message: str, hint: str) -> bool:
@@ -180,38 +221,32 @@ class MergeScreen(MedScreen):
         self._show_plan()
         return True
 
+    def _known_plan(self, mixture: Mixture) -> PlanView | None:
+        """The newest plan: measured, where this very recipe was; free disk is always the newest."""
+        measured = self._forecasts.get(_key(mixture))
+        if measured is None or self._plan is None or self._plan.error:
+            return self._plan
+        return replace(measured, free=self._plan.free)
+
     def _show_plan(self) -> None:
         self.query_one("#plan", Static).update(self._plan_words())
+        self.refresh_bindings()
 
     def _plan_words(self) -> Content:
-        mixture, plan = self.mixture, self._plan
+        mixture = self.mixture
         if mixture is None:
             return Content.assemble(
                 ("Nothing to merge yet. ", "bold"),
                 "Choose a base and a PT and an SFT adapter in Adapters (2).",
             )
-        lines = []
-        if plan is None:
-            lines.append(fact("cost", "…"))
-        elif plan.error:
-            lines.append(Content.assemble(fact("cost", ""), (plain(plan.error), "$error")))
-        else:
-            cost = f"reads {size(plan.read)}   writes {size(plan.written)}   free {size(plan.free)}"
-            if plan.memory:
-                cost += f"   memory {size(plan.memory)}"
-            if plan.seconds is not None:
-                cost += f"   about {plan.seconds:.0f} s"
-            words = Content(cost) if plan.fits else Content.styled(cost + "   not enough room", "$error")
-            lines.append(fact("cost", words, self.size.width - 4))
-            lines.append(fact("changes", f"{plan.touched} tensors; {plan.copied} copied as they are"))
-            lines += [
-                Content.assemble(
-                    fact("", Content.styled(f"! {plain(warning)}", "$warning"), self.size.width - 4)
-                )
-                for warning in plan.warnings[:2]
-            ]
-        lines.append(fact("overlap", self._overlap(mixture)))
-        return Content("\n").join(lines)
+        tall = self.size.height >= 30
+        words = plan_content(self._known_plan(mixture), mixture.weights, self.size.width - 4, tall)
+        if mixture.kind == "adapter":
+            told = (
+                "one adapter, ranks side by side, float32, into adapters/: exact, no model's dtype rounds it"
+            )
+            words = Content("\n").join([words, fact("output", told, self.size.width - 4)])
+        return Content("\n").join([words, fact("overlap", self._overlap(mixture))])
 
     def _overlap(self, mixture: Mixture) -> Content:
         if len(mixture.adapters) < 2:
@@ -219,8 +254,6 @@ class MergeScreen(MedScreen):
         for job in self.med.jobs:
             if job.kind == "interference" and job.params.get("adapters") == mixture.adapters:
                 if job.state == "done":
-                    from tui.reading import overlap
-
                     return overlap_content(overlap(job.result), self.size.width - 14, self.size.height >= 30)
                 if not job.final:
                     return Content.styled("measuring …", "$faint")
@@ -234,8 +267,20 @@ class MergeScreen(MedScreen):
         self._rename()
         self._replan()
 
-    def on_choice_changed(self, event: Choice.Changed) -> None:
+    def on_method_settings_changed(self, event: MethodSettings.Changed) -> None:
+        if event.method:
+            self._weights_for(event.settings.method)
+        self._rename()
         self._replan()
+
+    def _weights_for(self, method: str) -> None:
+        """slerp goes from the one adapted model to the other, each at its full weight; t says how far."""
+        if method == "slerp" and not self._linear_weights:
+            self._linear_weights = self._weights()
+            self.set_weights(dict.fromkeys(self._linear_weights, 1.0))
+        elif method != "slerp" and self._linear_weights:
+            self.set_weights(self._linear_weights)
+            self._linear_weights = {}
 
     def on_input_changed(self, event: Input.Changed) -> None:
         if event.input.has_focus:
@@ -250,17 +295,32 @@ class MergeScreen(MedScreen):
             self._watched = ""
         self._show_verdict()
 
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        if event.option_list is self.rows:
+            self.action_report()
+
     def _rename(self) -> None:
-        """Name the merge after its weights until the person named it."""
+        """Name the merge after its weights and method until the person named it."""
         if self._named:
             return
-        labels = self.med.selection.labels()
-        weights = {label: self.query_one(f"#{label}", WeightSlider).value for label in labels}
+        weights = self._weights()
         if weights:
             self.query_one("#name", Input).value = self._free_name(weights)
 
     def _free_name(self, weights: dict[str, float]) -> str:
+        """pt30-sft70, pt100-sft100-slerp50, pt30-sft70-dare_ties50-seed7-fp16; with -2 where that is taken."""
+        settings = self.settings
         name = weight_name(weights)
+        if settings.method != "linear":
+            values = settings.parameters
+            name += f"-{settings.method}" + "".join(
+                f"{value * 100:.0f}" for key, value in values.items() if key != "seed"
+            )
+            name += f"-seed{values['seed']}" if values.get("seed") else ""
+        if settings.kind == "adapter":
+            name += "-adapter"
+        elif settings.dtype != "bfloat16":
+            name += f"-{DTYPES[settings.dtype]}"
         taken = {row.name for row in self.rows.rows}
         return next(
             candidate
@@ -271,9 +331,22 @@ class MergeScreen(MedScreen):
     # ---- keys ----------------------------------------------------------------------------------------------
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action in ("verify", "gguf") and self.is_mounted:
-            return self.rows.current is not None
+        if not self.is_mounted:
+            return True
+        row = self.rows.current
+        if action in ("verify", "report"):
+            return row is not None
+        if action == "gguf":
+            return row is not None and row.kind == "checkpoint" and not row.rejected
+        if action == "finer":
+            return self._finer() is not None
         return True
+
+    def _finer(self) -> str | None:
+        """The dtype that is offered: the plan says that rounding takes too much of an adapter."""
+        mixture = self.mixture
+        plan = self._known_plan(mixture) if mixture else None
+        return FINER.get(plan.dtype) if plan and plan.too_coarse else None
 
     def command(self) -> Action | None:
         mixture = self.mixture
@@ -291,9 +364,7 @@ class MergeScreen(MedScreen):
             )
             return
         self._named = False
-        gguf = self.query_one("#then", Choice).value
-        follow = self._gguf_action(mixture.out, gguf) if gguf else None
-        self.med.start_job(actions.merge(self.med.backend.root, mixture), follow=follow)
+        self.med.start_job(actions.merge(self.med.backend.root, mixture))
 
     def _gguf_action(self, source: str, type_: str) -> Action:
         name = f"{Path(source).name}-{type_}.gguf"
@@ -301,25 +372,24 @@ class MergeScreen(MedScreen):
             self.med.backend.root, source, str(Path(self.med.backend.root) / "gguf" / name), type_
         )
 
+    def action_report(self) -> None:
+        if self.rows.current is not None:
+            self.med.show_report(self.rows.current.path)
+
+    def action_finer(self) -> None:
+        dtype = self._finer()
+        if dtype:
+            self.settings.dtype = dtype
+
     def action_verify(self) -> None:
-        row = self.rows.current
+        row, chosen = self.rows.current, self.med.selection
         if row is None:
             return
-        if not row.base or not row.adapters:
-            self.notify(
-                "it has no manifest that says what went in: use medmerge verify with --base and --adapter",
-                severity="warning",
-            )
-            return
-        if row.by_tensor:
-            self.notify(
-                "its weights differ by tensor: it was verified when it was merged; "
-                "medmerge verify --manifest checks its files",
-                severity="warning",
-            )
-            return
-        mixture = Mixture(row.base, dict(row.adapters), dict(row.weights), out=row.path)
-        self.med.start_job(actions.verify(self.med.backend.root, row.path, mixture))
+        action = verify_action(self.med.backend.root, row, chosen.base, chosen.labels())
+        if action is None:
+            self.notify(NO_QUESTION, severity="warning")
+        else:
+            self.med.start_job(action)
 
     def action_overlap(self) -> None:
         mixture = self.mixture
@@ -349,11 +419,20 @@ class MergeScreen(MedScreen):
             self.query_one(f"#{label}", WeightSlider).put(value)
 
 
+def _key(mixture: Mixture) -> str:
+    """What a forecast depends on: everything but the name and what is made after the merge."""
+    return repr(replace(mixture, out="", gguf=()).recipe())
+
+
 def _merge_line(row: MergeRow, width: int) -> Content:
     name = fit(row.name, min(34, max(14, width - 50)))
-    facts = f"  {row.method}  {row.dtype.lower()}  {size(row.nbytes)}   "
     if row.error:
         return Content.assemble((name, "$faint"), "  ", (cut(row.error, width - 40), "$error"))
+    what = "adapter" if row.kind == "adapter" else DTYPES.get(row.dtype, row.dtype.lower())
+    wide = width >= 100  # then in columns
+    words = [(row.method, 15), (what, 7), (size(row.nbytes), 8)]
+    facts = "  ".join(fit(word, cells) if wide else plain(word) for word, cells in words)
+    mark = Content.styled("✗ refused", "$error") if row.rejected else verdict_line(row.verdict)
     line = Content.assemble((name, "bold"), "  ") + weights_content(dict(row.weights))
-    line += Content.styled(facts, "$faint") + verdict_line(row.verdict)
+    line += Content.styled(f"  {facts}  ", "$faint") + mark
     return line if line.cell_length <= width else line.truncate(width, ellipsis=True)

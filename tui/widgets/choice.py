@@ -53,7 +53,11 @@ class Choice(Widget, can_focus=True):
         self.label = label
         self.label_width = max(label_width, len(label) + 2)
         self.options = tuple(options)
-        self.set_reactive(Choice.value, value or (options[0][0] if options else ""))
+        self.set_reactive(Choice.value, value or self._first())
+
+    def _first(self) -> str:
+        """The value where none is given."""
+        return self.options[0][0] if self.options else ""
 
     def set_options(self, options: Sequence[tuple[str, str]], value: str | None = None) -> None:
         """Change what there is to choose from; keeps the value where it is still there. Posts nothing."""
@@ -98,3 +102,32 @@ class Choice(Widget, can_focus=True):
     def on_click(self, event: events.Click) -> None:
         self.focus()
         self.action_pick()
+
+
+class Several(Choice):
+    """Any number of the options, in their order: `gguf  q8_0 q4_k_m ▾`. `value` is their names with spaces between."""
+
+    def _first(self) -> str:
+        return ""
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        return tuple(self.value.split())
+
+    @property
+    def words(self) -> str:
+        return self.value or "none"
+
+    def action_turn(self, by: int) -> None:
+        """Left and right step through none and each one alone."""
+        values = ["", *(value for value, _ in self.options)]
+        index = values.index(self.value) if self.value in values else 0
+        self._choose(values[min(len(values) - 1, max(0, index + by))])
+
+    def action_pick(self) -> None:
+        from tui.screens.dialogs import PickSeveralScreen
+
+        def picked(values: tuple[str, ...] | None) -> None:
+            self._choose(None if values is None else " ".join(values))
+
+        self.app.push_screen(PickSeveralScreen(self.label, self.options, self.chosen), picked)

@@ -16,7 +16,7 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from tui.text import weight
-from tui.theme import label_style
+from tui.theme import LABEL_STYLE, label_style
 
 LABEL_WIDTH = 5
 VALUE_WIDTH = 8
@@ -58,11 +58,13 @@ class WeightSlider(Widget, can_focus=True):
         lowest: float = 0.0,
         highest: float = 1.0,
         *,
+        typed: tuple[float, float] = (-2.0, 2.0),
         id: str | None = None,
     ) -> None:
         super().__init__(id=id)
         self.label = label
         self.lowest, self.highest = lowest, highest
+        self.least, self.most = typed
         self.set_reactive(WeightSlider.value, value)
 
     # what may be typed goes beyond the bar's ends: weights above 1 and below 0 are legal, only rare
@@ -88,10 +90,11 @@ class WeightSlider(Widget, can_focus=True):
             value = float(text)
         except ValueError:
             return
-        if -2 <= value <= 2:
+        if self.least <= value <= self.most:
             self.put(value)
         else:
-            self.notify("a weight lies between -2 and 2", severity="warning")
+            what = self.label if self.label.lower() not in LABEL_STYLE else "a weight"
+            self.notify(f"{what} lies between {self.least:g} and {self.most:g}", severity="warning")
 
     def on_key(self, event: events.Key) -> None:
         character = event.character or ""
@@ -122,18 +125,22 @@ class WeightSlider(Widget, can_focus=True):
     @property
     def _bar(self) -> tuple[int, int]:
         """(first cell, cells) of the bar."""
-        return LABEL_WIDTH, max(8, self.size.width - LABEL_WIDTH - VALUE_WIDTH)
+        label = max(LABEL_WIDTH, len(self.label) + 1)
+        return label, max(8, self.size.width - label - VALUE_WIDTH)
 
     def render(self) -> Content:
         style = label_style(self.label)
-        _, cells = self._bar
+        before, cells = self._bar
+        adapter = self.label.lower() in LABEL_STYLE
         span = self.highest - self.lowest
         share = min(1.0, max(0.0, (self.value - self.lowest) / span))
         knob = round(share * (cells - 1))
         number = weight(self.value) if self.typed is None else f"{self.typed}▏"
         focus = self.has_focus
         return Content.assemble(
-            (f"{self.label.upper():<{LABEL_WIDTH}}", f"bold {style}"),
+            (f"{self.label.upper():<{before}}", f"bold {style}")
+            if adapter
+            else (f"{self.label:<{before}}", "$faint"),
             ("━" * knob, style),
             ("●", f"bold {style}" if not focus else "bold $block-cursor-foreground on " + style),
             ("─" * (cells - 1 - knob), "$rule"),
