@@ -135,12 +135,24 @@ class Plan:
                     "name": tensor.target.name,
                     "shape": list(tensor.target.shape),
                     "dtype": tensor.target.dtype,
-                    "parts": {part.label: _part_dict(part, self.recipe) for part in tensor.parts},
+                    "parts": self._numbers(tensor),
                 }
                 | ({"t": tensor.t} if self.recipe.method == "slerp" else {})
                 for tensor in self.changed
             ],
         }
+
+    def _numbers(self, tensor: TensorPlan) -> dict[str, dict[str, Any]]:
+        """What each entry counts in a tensor, by label: also the reference's own, and weights and densities of 0."""
+        name, parts = tensor.target.name, {part.label: part for part in tensor.parts}
+        found: dict[str, dict[str, Any]] = {}
+        for label, own in self.counted.items():
+            if label in parts:
+                found[label] = _part_dict(parts[label], self.recipe)
+            elif name in own:
+                kept = self.densities.get(label, {})
+                found[label] = {"weight": own[name]} | ({"density": kept[name]} if name in kept else {})
+        return found
 
 
 def _part_dict(part: Part, recipe: Recipe) -> dict[str, Any]:

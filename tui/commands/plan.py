@@ -77,9 +77,14 @@ def render(result: dict[str, Any]) -> str:
 
 
 def by_tensor(result: dict[str, Any]) -> str:
-    """Layers against module kinds, where a number differs from tensor to tensor; empty where none does."""
+    """Layers against module kinds, where a number differs or was asked by selector; empty where none was."""
     labels = list(result["adapters"] | result["models"])
-    several = [key for key in ("weight", "density", "t") if _differs(result["tensors"], key, labels)]
+    asked = _asked(result["recipe"])
+    several = [
+        key
+        for key in ("weight", "density", "t")
+        if _differs(result["tensors"], key, labels) or any(isinstance(own, dict | list) for own in asked[key])
+    ]
     if not several:
         return ""
     by_layer: dict[str, dict[tuple[str, ...], list[str]]] = {}  # layer -> numbers -> modules
@@ -101,6 +106,17 @@ def by_tensor(result: dict[str, Any]) -> str:
         *(f"{key} {label}".strip() for key in several for label in _columns(key, labels)),
     ]
     return table(headers, [[spans(numbers), *key] for key, numbers in rows.items()])
+
+
+def _asked(recipe: dict[str, Any]) -> dict[str, list[Any]]:
+    """Every weight, density and t the recipe gives: a number, a gradient, or either by selector."""
+    entries = [*(recipe.get("adapters") or recipe.get("models") or {}).values()]
+    everywhere = recipe.get("parameters") or {}
+    return {
+        "weight": [entry.get("weight") for entry in entries],
+        "density": [*(entry.get("density") for entry in entries), everywhere.get("density")],
+        "t": [everywhere.get("t")],
+    }
 
 
 def _together(modules: list[str], everything: dict[str, set[str]]) -> str:

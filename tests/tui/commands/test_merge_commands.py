@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -201,6 +202,43 @@ def test_models_by_a_mergekit_config_and_verified_by_it(
     assert main(["plan", str(config), "--out", "x"]) == 0
     table = capsys.readouterr().out
     assert "mlp.*" in table and "slerp(" in table
+
+
+def test_plans_table_shows_every_entrys_numbers(
+    filled: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights of the reference model, weights of 0, densities by selector, t as a gradient."""
+
+    def cells(**recipe: Any) -> list[list[str]]:
+        path = filled.root / "plan.yaml"
+        path.write_text(json.dumps({"output": "x", **recipe}))
+        assert main(["plan", str(path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        first = next(n for n, line in enumerate(lines) if line.startswith("layers"))
+        return [re.split(r"  +", line.strip()) for line in lines[first:] if line.strip()]
+
+    for label in ("pt", "sft"):
+        flags = ["--base", "bases/tiny", "--adapter", f"{label}=adapters/{label}:1", "--no-verify"]
+        assert main(["merge", *flags, "--out", str(filled.merges / label)]) == 0
+    capsys.readouterr()
+    models = {"a": {"path": "merges/pt", "weight": {"default": 1, "mlp": 3}}, "b": {"path": "merges/sft"}}
+    found = cells(method="linear", models=models)
+    assert found[0] == ["layers", "tensors", "weight a", "weight b"]
+    assert ["0-1", "mlp.*", "0.75", "0.25"] in found
+    assert ["0.5", "0.5"] == next(row[2:] for row in found if row[1].endswith("self_attn.*"))
+    found = cells(method="slerp", models=models, parameters={"t": [0.2, 0.8]})
+    assert {row[0]: row[-1] for row in found if row[0] in "01"} == {"0": "0.2", "1": "0.8"}
+    adapters = {
+        "pt": {"path": "adapters/pt", "weight": {"default": 0, "mlp": 0.5}, "density": {"default": 1, "mlp": 0.2}},
+        "sft": {"path": "adapters/sft", "weight": 0.7},
+    }  # fmt: skip
+    found = cells(method="ties", base="bases/tiny", adapters=adapters)
+    assert found[0][2:] == ["weight pt", "weight sft", "density pt", "density sft"]
+    assert ["0-1", "mlp.*", "0.5", "0.7", "0.2", "0.5"] in found
+    assert ["0-1", "self_attn.*", "0", "0.7", "1", "0.5"] in found
+    del adapters["sft"]
+    adapters["pt"].pop("density")
+    assert cells(base="bases/tiny", adapters=adapters)[1:2] == [["0-1", "mlp.*", "0.5"]]
 
 
 def test_methods_and_output_kinds_by_flags(filled: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
