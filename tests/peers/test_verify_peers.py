@@ -82,10 +82,10 @@ def test_peft_svd_of_all_ranks_is_right(dtype: torch.dtype, combined: Combine, p
     assert verdict.ok, verdict.message
 
 
-def test_peft_svd_of_fewer_ranks_lacks_some(combined: Combine, peer_inputs: Path) -> None:
+def test_peft_svd_of_fewer_ranks_is_named(combined: Combine, peer_inputs: Path) -> None:
     verdict = judge(combined("svd", svd_rank=4), peer_inputs)
-    assert verdict.exit_code == 1
-    assert verdict.verdict in ("partly_applied", "unknown_delta"), verdict.message
+    assert verdict.verdict == "partly_applied" and verdict.exit_code == 1, verdict.message
+    assert details(verdict)["partly_applied"] == "rank 4 of 8" and "'svd'" in verdict.message
 
 
 def test_peft_sequential_merge_and_unload_rounds_after_each(peer_inputs: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ passes for lack of a name. `explain` is called by conclude.py with the tensors t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ from engine.weights.checkpoint import Checkpoint
 CLEAR_SHIFT = 1e-3  # weights off by more than this are not just rounding
 MATCH = 0.998  # share of sampled elements a true hypothesis explains (float32 ties are the rest)
 WORTH = 0.9  # share of a thin sample a hypothesis must explain in some tensor to be looked at closely
+CUT = 0.2  # what truncating to a rank may leave of the error, to be believed
+MOST = 0.9  # share of tensors that are cut to the same rank
 SURE = 0.9999  # share of sampled elements that guessed weights must explain to be believed
 
 
@@ -238,7 +241,7 @@ def _unexplained(evidence: Evidence, tensors: list[TensorStats], whole: Fit) -> 
                 f"({pairs}); PEFT's combination_type='linear' does this",
             )
         ]
-    ranks = _ranks(tensors, labels)
+    ranks = _cut(tensors) or _ranks(tensors, labels)
     if ranks:
         return ranks
     findings = []
@@ -285,6 +288,29 @@ def _few(tensors: Sequence[TensorStats], wrong: int) -> Finding:
         f"{wrong:,} {plural} not what was asked, in {names}; the first is [{row}, {column}] of {first.name}: "
         f"{found:.9g}, and {should} is right",
     )
+
+
+def _cut(tensors: Sequence[TensorStats]) -> list[Finding]:
+    """Sums of deltas that were cut to a lower rank: nearly all tensors lack the same number of directions."""
+    found = [fits.cut(t.factors, t.asked) for t in tensors if t.factors is not None]
+    cuts = [cut for cut in found if cut is not None and cut.error < CUT]
+    if not cuts or len(cuts) < MOST * len(found):
+        return []
+    (kept, whole), count = Counter((cut.kept, cut.rank) for cut in cuts).most_common(1)[0]
+    if count < MOST * len(found):
+        return []
+    labels = list(
+        dict.fromkeys(label for t in tensors for label, w in zip(t.labels, t.asked, strict=True) if w)
+    )
+    what = f"the sum of {' and '.join(labels)}" if len(labels) > 1 else f"the delta of {labels[0]}"
+    return [
+        Finding(
+            "partly_applied",
+            f"rank {kept} of {whole}",
+            f"{what} was truncated to rank {kept}, where it has {whole}: its smallest directions are missing (as "
+            "from a truncated SVD, which PEFT's combination_type='svd' does unless it is given every rank)",
+        )
+    ]
 
 
 def _ranks(tensors: Sequence[TensorStats], labels: Sequence[str]) -> list[Finding]:

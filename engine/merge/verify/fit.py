@@ -135,6 +135,44 @@ def rank_weights(factors: FactorSums, weights: Float64Array) -> Float64Array:
     return np.asarray(asked + solve(matrix, np.diagonal(factors.found) * scales))
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A sum of deltas cut to a lower rank, as a truncated SVD does (Eckart and Young 1936)."""
+
+    kept: int
+    rank: int  # of the whole sum
+    error: float  # how far the merge is from that, where 1 is how far it is from the whole sum
+
+
+def cut(factors: FactorSums, weights: Float64Array) -> Cut | None:
+    """The rank to which the summed delta S of one tensor was most likely cut; None for a sum of rank 1 or 0.
+
+    With B = Q T and A^T = P U (Q, P orthonormal, from the Gram matrices) the core of S is T diag(w s) U^T and that of
+    the error T^-T (B^T E A^T) U^-1, both of at most R x R; what ideal rounding leaves is taken off the error.
+    """
+    strengths = [w * delta.scale for w, delta in zip(weights, factors.deltas, strict=True)]
+    scales = np.repeat(strengths, [delta.rank for delta in factors.deltas])
+    (left, left_inverse), (right, right_inverse) = _root(factors.left_gram), _root(factors.right_gram)
+    whole = (left * scales) @ right.T
+    error = left_inverse @ (factors.found - factors.ideal) @ right_inverse.T
+    u, values, vt = np.linalg.svd(whole)
+    rank = int(np.count_nonzero(values > 1e-9 * values[:1].sum()))
+    missed = float(np.linalg.norm(error))
+    if rank < 2 or missed == 0:
+        return None
+    lost = [np.linalg.norm(error + (u[:, r:rank] * values[r:rank]) @ vt[r:rank]) for r in range(1, rank)]
+    best = int(np.argmin(lost))
+    return Cut(best + 1, rank, float(lost[best]) / missed)
+
+
+def _root(gram: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """(T, T^-T) with T^T T = gram, both (rank, R)."""
+    values, vectors = np.linalg.eigh(gram)
+    there = values > 1e-12 * max(float(values[-1]), 0.0)
+    root = np.sqrt(values[there])[:, None]
+    return root * vectors.T[there], vectors.T[there] / root
+
+
 def least_separation(cosines: Float64Array) -> float:
     """Smallest eigenvalue of the correlation matrix of the deltas: 1 - |cosine| for two, 0 when collinear."""
     return float(np.linalg.eigvalsh(cosines)[0]) if cosines.size else 1.0

@@ -186,6 +186,21 @@ def test_partial_rank(any_scene: Scene) -> None:
     assert "5 of 8 ranks" in verdict.message
 
 
+@pytest.mark.parametrize("asked", [ASKED, {"pt": 1.0, "sft": 0.0}], ids=["both", "alone"])
+def test_a_sum_truncated_to_a_lower_rank(any_scene: Scene, asked: dict[str, float]) -> None:
+    """The reference truncates the dense sum by torch's SVD."""
+
+    def rule(base: torch.Tensor, module: str) -> torch.Tensor:
+        total = sum(weight * any_scene.loras[label].delta(module) for label, weight in asked.items())
+        u, s, vt = torch.linalg.svd(total, full_matrices=False)
+        return base.double() + (u[:, :6] * s[:6]) @ vt[:6]
+
+    whole = sum(any_scene.loras[label].pairs[MODULES[0]][0].shape[0] for label in asked if asked[label])
+    verdict = expect(any_scene.verify(any_scene.merge(rule=rule), asked), "partly_applied")
+    assert detail(verdict, "partly_applied") == f"rank 6 of {whole}"
+    assert "truncated to rank 6" in verdict.message
+
+
 @pytest.mark.parametrize("step", [1, -1])
 def test_one_element_by_one_ulp(any_scene: Scene, step: int) -> None:
     merged = any_scene.merge()
