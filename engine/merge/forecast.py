@@ -32,7 +32,8 @@ from engine.merge.work import Work
 from engine.weights.changes import Experts, LoraFactor
 from engine.weights.tensorfile import ITEM_SIZE
 
-SAMPLED_TENSORS = 12
+SAMPLED_TENSORS = 36
+GOLDEN = (5**0.5 - 1) / 2
 SAMPLED_ELEMENTS = 1 << 15  # per tensor
 LOSS_WORTH_SAYING = 0.02
 _PROBE_BYTES = 1 << 26
@@ -105,7 +106,8 @@ def rounding_loss(plan: Plan) -> dict[str, Any]:
             "sampled_elements": 0,
         }
     gram, rhs = np.zeros((len(labels), len(labels))), np.zeros(len(labels))
-    same = count = 0
+    same = total = 0.0
+    count = 0
     with OpenFiles() as files:
         for tensor in _spread(plan.changed, SAMPLED_TENSORS):
             block, data = _middle(tensor, files)
@@ -116,9 +118,11 @@ def rounding_loss(plan: Plan) -> dict[str, Any]:
                 load(part, tensor, files, alone=True).delta(block, data, own)
                 deltas[labels.index(part.label)] += part.weight * own.astype(np.float64)
             rounded = _round(tensor.base_weight * base + deltas.sum(axis=0), tensor.target.dtype)
-            gram += deltas @ deltas.T
-            rhs += deltas @ (rounded - tensor.base_weight * base)
-            same += int(np.count_nonzero(rounded == base))
+            whole = tensor.source.elements / base.size  # the sample speaks for its whole tensor
+            gram += whole * (deltas @ deltas.T)
+            rhs += whole * (deltas @ (rounded - tensor.base_weight * base))
+            same += whole * int(np.count_nonzero(rounded == base))
+            total += tensor.source.elements
             count += base.size
     shares = dict(zip(labels, _solve(gram, rhs), strict=True))
     asked = {entry.label: entry.uniform for entry in plan.recipe.entries}
@@ -128,7 +132,7 @@ def rounding_loss(plan: Plan) -> dict[str, Any]:
             for label, weight in asked.items()
         },
         "rounding_loss": {label: round(1 - share, 4) for label, share in shares.items()},
-        "unchanged_share": round(same / count, 4) if count else 1.0,
+        "unchanged_share": round(same / total, 4) if total else 1.0,
         "sampled_elements": count,
     }
 
@@ -236,11 +240,14 @@ def _solve(gram: Float64, rhs: Float64) -> list[float]:
 
 
 def _spread(tensors: Sequence[TensorPlan], count: int) -> list[TensorPlan]:
-    """At most `count` tensors, evenly over the list."""
+    """At most `count` tensors, all over the list: steps of the golden ratio, which fall in with no period.
+
+    Equal steps would meet the same few kinds of module in every layer: names repeat from layer to layer.
+    """
     if len(tensors) <= count:
         return list(tensors)
-    step = len(tensors) / count
-    return [tensors[int(i * step)] for i in range(count)]
+    places = {int((i + 0.5) * GOLDEN % 1.0 * len(tensors)) for i in range(count)}
+    return [tensors[place] for place in sorted(places)]
 
 
 def _existing_parent(path: Path) -> Path:
