@@ -133,6 +133,22 @@ def test_angles_are_scipys(shape: tuple[int, int, int]) -> None:
         np.testing.assert_allclose(principal_angles(first, second).degrees, wanted, rtol=1e-6, atol=5e-6)
 
 
+@pytest.mark.parametrize("stretch", [1.0, 300.0, 1e5])
+def test_small_angles_of_badly_scaled_factors(stretch: float) -> None:
+    """Angles put there by a rotation in known planes, the columns then mixed: both ways to a basis."""
+    rng = np.random.default_rng(3)
+    axes = np.linalg.qr(rng.standard_normal((200, 8)))[0]
+    degrees = np.array([0.0, 1e-9, 1e-5, 20.0])
+    turned = axes[:, :4] * np.cos(np.radians(degrees)) + axes[:, 4:] * np.sin(np.radians(degrees))
+    mixed = [
+        basis @ (rng.standard_normal((4, 4)) + 3 * np.eye(4)) * np.geomspace(1, stretch, 4)
+        for basis in (axes[:, :4], turned)
+    ]
+    for first, second in (mixed, mixed[::-1]):
+        found = principal_angles(first, second).degrees
+        np.testing.assert_allclose(found, degrees, rtol=1e-6, atol=3e-12)
+
+
 def test_a_known_angle() -> None:
     axes = np.eye(6)
     for degrees in (1e-6, 0.5, 30.0, 89.0):
