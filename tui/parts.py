@@ -112,8 +112,7 @@ def verdict_strip(verdict: VerdictView) -> Content:
     if verdict.unchanged_share is not None and verdict.unchanged_share >= 0.05:
         lines.append(
             Content.styled(
-                f"{verdict.unchanged_share:.0%} of the touched elements keep the base's value: smaller changes than "
-                "the dtype can hold",
+                f"{verdict.unchanged_share:.0%} of the touched elements keep the base's value",
                 "$faint",
             )
         )

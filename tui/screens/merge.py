@@ -8,14 +8,14 @@ from typing import Any
 
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.containers import Horizontal
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
 
 from tui import actions
 from tui.actions import Action, Mixture
-from tui.parts import fact, job_line, verdict_line, verdict_strip, weights_content
+from tui.parts import FACT_WIDTH, fact, job_line, verdict_line, verdict_strip, weights_content
 from tui.results import overlap, verdict
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
@@ -38,6 +38,7 @@ FORECASTS_KEPT = 64
 class MergeScreen(MedScreen):
     NAME = "merge"
     CSS_PATH = "merge.tcss"
+    HORIZONTAL_BREAKPOINTS = [*MedScreen.HORIZONTAL_BREAKPOINTS, (200, "-split")]
     QUESTION = "Merge: what will I get, and did I get it?"
     BINDINGS = [
         Binding("m", "merge", "merge"),
@@ -63,15 +64,17 @@ class MergeScreen(MedScreen):
         self._linear_weights: dict[str, float] = {}  # what to go back to from slerp
 
     def body(self) -> ComposeResult:
-        for label, value in (("pt", 0.3), ("sft", 0.7)):
-            with Horizontal(classes="weight-row"):
-                yield WeightSlider(label, value, id=label)
-                yield Static(id=f"{label}-name", classes="adapter-name")
-        yield MethodSettings(id="settings")
-        yield SizedStatic(id="plan")
-        yield Static(id="verdict")
-        yield Static(Content("Merges"), classes="heading")
-        yield RowList[MergeRow](_merge_line, lambda row: row.path, Content("none yet"), id="list")
+        with Vertical(id="asked"):
+            for label, value in (("pt", 0.3), ("sft", 0.7)):
+                with Horizontal(classes="weight-row"):
+                    yield WeightSlider(label, value, id=label)
+                    yield Static(id=f"{label}-name", classes="adapter-name")
+            yield MethodSettings(id="settings")
+            yield SizedStatic(id="plan")
+        with Vertical(id="done"):
+            yield SizedStatic(id="verdict")
+            yield Static(Content("Merges"), classes="heading")
+            yield RowList[MergeRow](_merge_line, lambda row: row.path, Content("none yet"), id="list")
 
     def on_mount(self) -> None:
         self.query_one("#pt").focus()
@@ -157,7 +160,7 @@ class MergeScreen(MedScreen):
         """The running job, else how the watched one ended, else the verdict of the highlighted merge."""
         job = next((job for job in self.med.jobs if job.id == self._watched), None)
         if job and not job.final:
-            return job_line(job, self.size.width - 6)
+            return job_line(job, self.query_one("#verdict").content_size.width)
         if job and job.state != "done":
             hint = Content.styled(f"\n→ {plain(job.hint)}", "$faint") if job.hint else Content("")
             return Content.assemble((f"✗ {job.state}   ", "bold $error"), plain(job.error)) + hint
@@ -239,22 +242,22 @@ class MergeScreen(MedScreen):
                 ("Nothing to merge yet. ", "bold"),
                 "Choose a base and a PT and an SFT adapter in Adapters (2).",
             )
-        tall = self.size.height >= 30
-        words = plan_content(self._known_plan(mixture), mixture.weights, self.size.width - 4, tall)
+        tall, width = self.size.height >= 30, max(40, self.query_one("#plan").content_size.width)
+        words = plan_content(self._known_plan(mixture), mixture.weights, width, tall)
         if mixture.kind == "adapter":
             told = (
                 "one adapter, ranks side by side, float32, into adapters/: exact, no model's dtype rounds it"
             )
-            words = Content("\n").join([words, fact("output", told, self.size.width - 4)])
-        return Content("\n").join([words, fact("overlap", self._overlap(mixture))])
+            words = Content("\n").join([words, fact("output", told, width)])
+        return Content("\n").join([words, fact("overlap", self._overlap(mixture, width))])
 
-    def _overlap(self, mixture: Mixture) -> Content:
+    def _overlap(self, mixture: Mixture, width: int) -> Content:
         if len(mixture.adapters) < 2:
             return Content.styled("needs two adapters", "$faint")
         for job in self.med.jobs:
             if job.kind == "interference" and job.params.get("adapters") == mixture.adapters:
                 if job.state == "done":
-                    return overlap_content(overlap(job.result), self.size.width - 14, self.size.height >= 30)
+                    return overlap_content(overlap(job.result), width - FACT_WIDTH)
                 if not job.final:
                     return Content.styled("measuring …", "$faint")
                 return Content.styled(f"✗ {plain(job.error)}   (o tries again)", "$error")
@@ -425,14 +428,13 @@ def _key(mixture: Mixture) -> str:
 
 
 def _merge_line(row: MergeRow, width: int) -> Content:
-    name = fit(row.name, min(34, max(14, width - 50)))
+    wide = width >= 100  # then in columns, and with the size
+    name = fit(row.name, min(34, max(14, width - (50 if wide else 52))))
     if row.error:
         return Content.assemble((name, "$faint"), "  ", (cut(row.error, width - 40), "$error"))
     what = "adapter" if row.kind == "adapter" else DTYPES.get(row.dtype, row.dtype.lower())
-    wide = width >= 100  # then in columns
-    words = [(row.method, 15), (what, 7), (size(row.nbytes), 8)]
-    facts = "  ".join(fit(word, cells) if wide else plain(word) for word, cells in words)
+    facts = [fit(row.method, 15), fit(what, 7), fit(size(row.nbytes), 8)] if wide else [row.method, what]
     mark = Content.styled("✗ refused", "$error") if row.rejected else verdict_line(row.verdict)
     line = Content.assemble((name, "bold"), "  ") + weights_content(dict(row.weights))
-    line += Content.styled(f"  {facts}  ", "$faint") + mark
+    line += Content.styled(plain(f"  {'  '.join(facts)}  "), "$faint") + mark
     return line if line.cell_length <= width else line.truncate(width, ellipsis=True)

@@ -35,6 +35,7 @@ from tui.widgets.verdict import (
 )
 
 WORST_SHOWN = 10
+SPLIT = 200  # columns from which the modules stand beside the numbers
 
 
 class ReportScreen(MedScreen):
@@ -42,11 +43,12 @@ class ReportScreen(MedScreen):
     TAB = "merge"
     CSS_PATH = "report.tcss"
     QUESTION = "Report: is this merge what was asked, and what is really in it?"
+    HORIZONTAL_BREAKPOINTS = [*MedScreen.HORIZONTAL_BREAKPOINTS, (SPLIT, "-split")]
     BINDINGS = [
         Binding("v", "verify", "verify again"),
         Binding("a", "all", "all modules"),
         Binding("n", "turn(1)", "next merge"),
-        Binding("p", "turn(-1)", "previous"),
+        Binding("p", "turn(-1)", "previous merge", show=False),
         Binding("escape", "back", "back"),
     ]
 
@@ -61,6 +63,7 @@ class ReportScreen(MedScreen):
     def body(self) -> ComposeResult:
         with SizedScroll(id="scroll"):
             yield Static(id="report")
+            yield Static(id="where")
 
     def on_mount(self) -> None:
         self.query_one("#scroll").focus()
@@ -105,20 +108,23 @@ class ReportScreen(MedScreen):
         return self._kept or (row.verdict if row else None), None
 
     def _show(self) -> None:
-        self.query_one("#report", Static).update(self._words())
-        self.refresh_bindings()
-
-    def _words(self) -> Content:
         row = self.row
         width = max(40, self.query_one("#scroll").content_size.width)
+        width = width // 2 - 2 if self.size.width >= SPLIT else width
         if row is None:
-            return Content(f"There is no merge at {plain(self.path)} any more.")
-        said, job = self._verdict()
-        parts = [self._head(row, said, width), self._now(row, job, width)]
-        if said is not None:
-            parts += self._measured(row, said, width)
-        parts.append(self._ggufs(row, width))
-        return Content("\n\n").join(part for part in parts if len(part))
+            words, where = Content(f"There is no merge at {plain(self.path)} any more."), Content("")
+        else:
+            said, job = self._verdict()
+            parts = [self._head(row, said, width), self._now(row, job, width)]
+            parts += self._measured(row, said, width) if said is not None else []
+            words = _spaced(parts)
+            modules = (
+                [self._modules(said, width)] if said is not None and (said.modules or said.worst) else []
+            )
+            where = _spaced([*modules, self._ggufs(row, width)])
+        self.query_one("#report", Static).update(words)
+        self.query_one("#where", Static).update(where)
+        self.refresh_bindings()
 
     def _head(self, row: MergeRow, said: VerdictView | None, width: int) -> Content:
         if said is None:
@@ -134,7 +140,10 @@ class ReportScreen(MedScreen):
         lines = [name]
         if said is not None and said.message:
             lines += Content(plain(said.message)).wrap(width)
-        parameters = "".join(f" · {plain(name)} {plain(value)}" for name, value in row.parameters)
+        told = (
+            [] if row.method == "linear" else row.parameters
+        )  # its only one says that nothing is normalised
+        parameters = "".join(f" · {plain(name)} {plain(value)}" for name, value in told)
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.created))
         dtype = DTYPES.get(row.dtype, row.dtype.lower())
         what = "one adapter" if row.kind == "adapter" else dtype
@@ -194,8 +203,6 @@ class ReportScreen(MedScreen):
             )
         below = [gauges_content(said, width), loss_content(said, width)]
         parts.append(Content("\n").join(part for part in below if len(part)))
-        if said.modules or said.worst:
-            parts.append(self._modules(said, width))
         return parts
 
     def _modules(self, said: VerdictView, width: int) -> Content:
@@ -205,6 +212,7 @@ class ReportScreen(MedScreen):
         if not wrong:
             title = "The modules that rounding takes most of"
             worst = tuple(sorted(said.modules, key=lambda m: -m.unchanged / (m.elements or 1)))
+        room = max(WORST_SHOWN, self.size.height - 12) if self.size.width >= SPLIT else WORST_SHOWN
         if self.whole:
             title = f"All {count} modules"
         told = (
@@ -212,7 +220,7 @@ class ReportScreen(MedScreen):
             if wrong
             else f"   none of {count} has a wrong element"
         )
-        shown = said.modules if self.whole else worst[:WORST_SHOWN]
+        shown = said.modules if self.whole else worst[:room]
         table = modules_content(shown, list(said.found), width)
         return Content.assemble((title, "bold"), (told, "$faint"), "\n") + table
 
@@ -289,6 +297,11 @@ class ReportScreen(MedScreen):
 
     def action_back(self) -> None:
         self.med.pop_screen()
+
+
+def _spaced(parts: list[Content]) -> Content:
+    """The parts that say something, an empty line between them."""
+    return Content("\n\n").join(part for part in parts if len(part))
 
 
 NO_QUESTION = (

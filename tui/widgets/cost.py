@@ -21,37 +21,29 @@ def plan_content(plan: PlanView | None, weights: dict[str, float], width: int, t
         return fact("cost", "…")
     if plan.error:
         return fact("cost", Content.styled(plain(plan.error), "$error"), width)
-    parts = [f"reads {size(plan.read)}", f"writes {size(plan.written)}", f"free {size(plan.free)}"]
-    if plan.memory:
-        parts.append(f"memory {size(plan.memory)}")
+    parts = []
     if plan.seconds is not None:
         parts.append("about 1 s" if plan.seconds < 1 else f"about {duration(plan.seconds)}")
-    cost = (
-        Content("   ".join(parts))
-        if plan.fits
-        else Content.styled("   ".join(parts) + "   not enough room", "$error")
-    )
+    if plan.memory:
+        parts.append(f"memory {size(plan.memory)}")
+    parts += [f"reads {size(plan.read)}", f"writes {size(plan.written)}", f"free {size(plan.free)}"]
+    words = ("   " if width >= 90 else "  ").join(parts)
+    cost = Content(words) if plan.fits else Content.styled(f"{words}   not enough room", "$error")
     lines = [fact("cost", cost, width)]
     if tall:
         lines.append(fact("changes", f"{plan.touched} tensors; {plan.copied} copied as they are"))
-    lines.append(fact("rounding", _kept(plan, weights), width))
+    lines.append(fact("rounding", _kept(plan, weights, width), width))
     warnings = [*_offers(plan), *plan.warnings]
     for warning in warnings[:WARNINGS_SHOWN]:
         lines.append(fact("", Content.styled(f"! {plain(warning)}", "$warning"), width))
     if len(warnings) > WARNINGS_SHOWN:
-        lines.append(
-            fact(
-                "",
-                Content.styled(
-                    f"! {len(warnings) - WARNINGS_SHOWN} more in medmerge plan (c copies it)", "$faint"
-                ),
-            )
-        )
+        more = f"{len(warnings) - WARNINGS_SHOWN} more; medmerge plan shows them"
+        lines.append(fact("", Content.styled(more, "$faint")))
     return Content("\n").join(lines)
 
 
-def _kept(plan: PlanView, weights: dict[str, float]) -> Content:
-    """`PT 0.296 of 0.30 (1.3% lost)` for each adapter: the weight that is left of the one asked."""
+def _kept(plan: PlanView, weights: dict[str, float], width: int) -> Content:
+    """`PT 0.296 of 0.30 (−1.3%)` for each adapter: the weight that is left of the one asked."""
     dtype = DTYPES.get(plan.dtype, plan.dtype)
     if not plan.measured:
         return Content.styled("…", "$faint")
@@ -68,16 +60,16 @@ def _kept(plan: PlanView, weights: dict[str, float]) -> Content:
                 (f"{cut(label.upper(), 12)} ", f"bold {label_style(label)}"),
                 (f"{asked * (1 - lost):.3f}", ""),
                 (f" of {weight(asked)}", "$faint"),
-                (f" ({max(lost, 0.0):.1%} lost)", style),
+                (f" (−{max(lost, 0.0):.1%})", style),
             )
         )
-    kept = Content.styled(f"{plan.unchanged_share:.0%} of elements unchanged", "$faint")
-    return Content.styled(f"{dtype} keeps ", "$faint") + Content("   ").join([*parts, kept])
+    if width >= 100:
+        parts.append(Content.styled(f"{plan.unchanged_share:.0%} of elements unchanged", "$faint"))
+    return Content.styled(f"{dtype} keeps ", "$faint") + Content("   ").join(parts)
 
 
 def _offers(plan: PlanView) -> list[str]:
     if not plan.too_coarse or plan.dtype not in FINER:
         return []
-    lost = " and ".join(f"{share:.0%} of {label.upper()}" for label, share in plan.too_coarse.items())
-    finer = "fp16 or fp32 keeps it" if plan.dtype == "bfloat16" else "fp32 keeps it"
-    return [f"{DTYPES[plan.dtype]} rounds away {lost}; {finer}: f takes {DTYPES[FINER[plan.dtype]]}"]
+    kept = "fp16 or fp32 keep more" if plan.dtype == "bfloat16" else "fp32 keeps more"
+    return [f"{DTYPES[plan.dtype]} rounds much of it away; {kept}: f takes {DTYPES[FINER[plan.dtype]]}"]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from textual.content import Content
 
+from tui.parts import FACT_WIDTH
 from tui.snapshots import OverlapView
 from tui.strip import cells, largest
 
 KINDS = (("q_proj", "q"), ("v_proj", "v"), ("o_proj", "o"), ("up_proj", "up"), ("down_proj", "down"))
 
 
-def overlap_content(view: OverlapView, width: int, tall: bool) -> Content:
-    """`cosine 0.08 · sign conflict 49% · shared subspace 11%`, and when `tall` a strip of the cosine by layer for each
-    kind, all on one scale."""
+LEAST_CELLS = 5  # of one kind's strip
+
+
+def overlap_content(view: OverlapView, width: int) -> Content:
+    """`cosine 0.08 · sign conflict 49% · shared subspace 11%`, and below it a strip of the cosine by layer for each
+    kind, all on one scale. `width` is the cells of a line; the second is indented as `tui.parts.fact` does."""
     parts = []
     if view.cosine is not None:
         parts.append(f"cosine {view.cosine:.2f}")
@@ -23,13 +27,17 @@ def overlap_content(view: OverlapView, width: int, tall: bool) -> Content:
     line = Content(" · ".join(parts) or "no module in common")
     lines = dict(view.by_kind)
     shown = [(short, lines[kind]) for kind, short in KINDS if kind in lines]
-    if not tall or not shown:
+    if not shown:
         return line
-    room = max(6, (width - 10) // len(shown) - 7)
+    room = (width - sum(len(short) + 1 for short, _ in shown) - 3 * (len(shown) - 1)) // len(shown)
+    if room < LEAST_CELLS:
+        return line
     top = largest([values for _, values in shown])
     graphs = [
         Content.assemble((f"{short} ", "$faint"), (cells(values, top, room), "$primary"))
         for short, values in shown
     ]
-    head = f"\n          cosine by layer, █ {top:.2f}   "
-    return line + Content.styled(head, "$faint") + Content("   ").join(graphs)
+    scale = Content.styled(f"   by layer, █ {top:.2f}", "$faint")
+    if line.cell_length + scale.cell_length <= width:
+        line += scale
+    return line + Content("\n" + " " * FACT_WIDTH) + Content("   ").join(graphs)

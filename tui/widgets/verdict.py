@@ -93,7 +93,7 @@ def _rail(spots: Sequence[tuple[int | None, str]], cells: int, style: str) -> li
 
 def gauges_content(verdict: VerdictView, width: int) -> Content:
     """Residual against its floor, the shares of unchanged and of wrong elements: what is known of them."""
-    cells = max(12, min(40, width - 50))
+    cells = max(12, min(40, width - 59))
     dtype = DTYPES.get(verdict.dtype, verdict.dtype.lower()) or "the dtype"
     lines = []
     if verdict.residual is not None:
@@ -117,7 +117,7 @@ def gauges_content(verdict: VerdictView, width: int) -> Content:
         lines.append(_share("unchanged", verdict.unchanged_share, cells, "$primary", why))
     if verdict.elements:
         share = verdict.differing / verdict.elements
-        why = f"   {verdict.differing:,} of {verdict.elements:,} elements are not what was asked"
+        why = f"   {verdict.differing:,} of {verdict.elements:,} elements are wrong"
         lines.append(_share("differing", share, cells, "$error", why))
     elif verdict.differing_share is not None:
         lines.append(_share("differing", verdict.differing_share, cells, "$error", "   of the elements"))
@@ -183,10 +183,10 @@ def modules_content(modules: Sequence[ModuleView], labels: Sequence[str], width:
     if any(module.residual is not None for module in modules):
         heads.append("residual")
     heads.append("error")
-    columns = [max(8, min(14, len(head))) for head in heads]
+    columns = [max(6, min(14, len(head))) for head in heads]
     while len(columns) > 2 and width - sum(columns) - 2 * len(columns) < 24:  # the narrow one shows the first
-        heads.pop(1 if len(heads) > 2 + len(labels) else -1)
-        columns = [max(8, min(14, len(head))) for head in heads]
+        heads.pop(heads.index("residual") if "residual" in heads else 1 if "unchanged" in heads else -1)
+        columns = [max(6, min(14, len(head))) for head in heads]
     longest = max((len(module.name) for module in modules), default=10)
     room = max(16, min(longest, width - sum(columns) - 2 * len(columns)))
     head = Content.assemble((fit("module", room), "$faint")) + Content.styled(
@@ -217,6 +217,8 @@ def _values(module: ModuleView, labels: Sequence[str]) -> dict[str, str]:
 
 
 def _end(name: str, width: int) -> str:
-    """A name's end tells modules apart: what is too long loses its beginning."""
+    """A name's end tells modules apart: what is too long loses its first parts."""
     name = plain(name)
-    return fit(name if len(name) <= width else "…" + name[1 - width :], width)
+    while len(name) > width and "." in name:
+        name = name.partition(".")[2]
+    return fit(name, width)
