@@ -234,6 +234,8 @@ def _check_part(path: Path, where: str, part: object) -> None:
     files = part.get("files") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(files, dict):
         raise BadInputError(f"{path}: {where}.files is not a mapping of file names to SHA-256")
+    if not files:
+        raise BadInputError(f"{path}: {where}.files names no file")
     for name, sha256 in files.items():
         if (
             not name

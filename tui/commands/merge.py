@@ -127,14 +127,14 @@ def recipe_of(args: argparse.Namespace, default_out: str | None = None) -> dict[
     if args.recipe:
         return parse(_from_file(args, workspace.root, default_out), args.recipe, places).to_dict()
     out = args.out or default_out
-    what = args.adapter or args.model
-    needed = [("--adapter or --model", what), ("--out", out)] + (
-        [("--base", args.base)] if args.adapter else []
-    )
+    needed = [("--out", out)]
+    if not args.model:
+        needed = [("--base", args.base), ("--adapter", args.adapter), *needed]
     for flag, value in needed:
         if not value:
             raise BadRecipeError(
-                f"{flag} is missing", "give a recipe file, or --base, --adapter LABEL=DIR:WEIGHT and --out"
+                f"{flag} is missing",
+                "give a recipe file; or --base, --adapter LABEL=DIR:WEIGHT and --out; or --model twice and --out",
             )
     document: dict[str, Any] = {"base": args.base} if args.base else {}
     document |= {"method": args.method or "linear"}

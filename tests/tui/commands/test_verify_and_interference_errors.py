@@ -74,7 +74,8 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2) 
     ("argv", "says"),
     [
         (["merges/none", *BASE, *ADAPTERS], "merges/none does not exist"),
-        (["merges/m"], "needs --base and at least one --adapter"),
+        (["merges/m", "--recipe", "none.yaml"], "cannot read the recipe"),
+        (["merges/m", "--recipe", "r.yaml", *BASE], "--recipe says all that is asked"),
         (["merges/m", *BASE], "needs --base and at least one --adapter"),
         (["merges/m", *ADAPTERS], "needs --base"),
         (["merges/m", "--base", "bases/none", *ADAPTERS], "base bases/none does not exist"),
