@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import BadInputError
 from engine.jobs.events import EventWriter
-from engine.merge.execute import NOT_WEIGHTS, asked_of
+from engine.merge.execute import NOT_WEIGHTS, question
 from engine.merge.manifest import NAME, read_manifest
 from engine.merge.manifest_check import place_of_input
 from engine.merge.plan import make_plan
@@ -46,9 +46,8 @@ def verify_recipe(
     from engine.merge.verify import verify_merge
 
     plan = make_plan(parse(document, where, []))
-    verdict = verify_merge(
-        merged, plan.recipe.base, {}, None, events, allow_extra_files=NOT_WEIGHTS, asked=asked_of(plan)
-    )
+    base, asked = question(plan)
+    verdict = verify_merge(merged, base, {}, None, events, allow_extra_files=NOT_WEIGHTS, asked=asked)
     return {**verdict.to_json(), "exit_code": verdict.exit_code}
 
 

@@ -155,11 +155,17 @@ def _plain(weights: dict[str, dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def asked_of(plan: Plan) -> Any:
-    """What the verifier is to expect: the plan's numbers by tensor, before normalize and lambda."""
+def question(plan: Plan) -> tuple[Path | None, Any]:
+    """What the verifier is asked: the base (None: the first model), and the plan's numbers by tensor, before
+    normalize and lambda. A base that is one of the models of a sum is asked as the first of them.
+    """
     from engine.merge.verify.asked import Asked, AskedEntry
 
     recipe = plan.recipe
+    own = [entry for entry in recipe.models if plan.inputs.models[entry.label] is plan.base]
+    listed, base = recipe.entries, recipe.base
+    if own and recipe.method in LINEAR:
+        listed, base = (*own, *(entry for entry in recipe.entries if entry not in own)), None
     entries = tuple(
         AskedEntry(
             entry.label,
@@ -168,10 +174,10 @@ def asked_of(plan: Plan) -> Any:
             plan.weights[entry.label],
             plan.densities.get(entry.label, {"default": 1.0}),
         )
-        for entry in recipe.entries
+        for entry in listed
     )
     t = {tensor.target.name: tensor.t for tensor in plan.changed} if recipe.method == "slerp" else {}
-    return Asked(
+    return base, Asked(
         method=recipe.method,
         entries=entries,
         t={"default": 0.5, **t},
@@ -186,10 +192,8 @@ def asked_of(plan: Plan) -> Any:
 def _verify(plan: Plan, partial: Path, events: EventWriter) -> dict[str, Any]:
     from engine.merge.verify import verify_merge
 
-    recipe = plan.recipe
-    verdict = verify_merge(
-        partial, recipe.base, {}, None, events, allow_extra_files=NOT_WEIGHTS, asked=asked_of(plan)
-    )
+    base, asked = question(plan)
+    verdict = verify_merge(partial, base, {}, None, events, allow_extra_files=NOT_WEIGHTS, asked=asked)
     return {**verdict.to_json(), "exit_code": verdict.exit_code}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import BadAdapterError, BadModelError, BadRecipeError
-from engine.merge.recipe import Entry, Recipe
+from engine.merge.recipe import NEEDS_BASE, Entry, Recipe
 from engine.merge.vocabulary import Rows, differences, is_table, read_vocabulary, row_map
 from engine.weights import Adapter, Checkpoint
 from engine.weights.changes import Change, Replacement, tensors_of
@@ -48,7 +48,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
     for label, adapter in adapters.items():
         changes[label] = dict(adapter.changes(reference))
     for label, model in models.items():
-        if recipe.base is not None and model.folder.resolve() == reference.folder.resolve():
+        itself = recipe.base is not None and model.folder.resolve() == reference.folder.resolve()
+        if itself and recipe.method in NEEDS_BASE:
             raise BadRecipeError(
                 f"model {label} is the base itself ({model.folder})", "it changes nothing: leave it out"
             )

@@ -156,6 +156,22 @@ def test_models_without_a_base(models: dict[str, Path], tmp_path: Path, method: 
         exact.assert_rounded(found, name)
 
 
+def test_the_base_may_be_one_of_the_models_of_a_soup(models: dict[str, Path], tmp_path: Path) -> None:
+    """It then counts as any other; to a method that sees models from the base it would add nothing, and is refused."""
+    merge(
+        tmp_path / "with",
+        base=str(models["pt"]),
+        method="soup",
+        models=entries(models, {"pt": 1.0, "sft": 3.0}),
+    )
+    merge(tmp_path / "without", method="soup", models=entries(models, {"pt": 1.0, "sft": 3.0}))
+    assert (tmp_path / "with" / "model.safetensors").read_bytes() == (
+        tmp_path / "without" / "model.safetensors"
+    ).read_bytes()
+    with pytest.raises(BadRecipeError, match="model pt is the base itself"):
+        merge(tmp_path / "no", base=str(models["pt"]), method="ties", models=entries(models))
+
+
 def test_linear_sum_that_is_not_normalised(models: dict[str, Path], tmp_path: Path) -> None:
     weights = {"pt": 0.5, "sft": 0.75}
     merge(
