@@ -9,13 +9,18 @@ from types import TracebackType
 
 from engine.errors import BadTensorFileError
 from engine.merge.kernel.plain import Buffer
+from engine.weights.stacked import StackedColumns
 from engine.weights.tensorfile import TensorInfo
 
 
 class OpenFiles:
-    """Descriptors of input files, opened when first read; a context manager. Safe for several threads."""
+    """Descriptors of input files, opened when first read; a context manager. Safe for several threads.
+
+    `stacked` keeps the B that several experts are cut from, for as long as these files are open.
+    """
 
     def __init__(self) -> None:
+        self.stacked = StackedColumns()
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
 

@@ -29,7 +29,8 @@ from engine.merge.schedule import block_elements, blocks_of
 from engine.merge.stream import default_threads
 from engine.merge.terms import load
 from engine.merge.work import Work
-from engine.weights.changes import Experts, LoraFactor
+from engine.weights.changes import ExpertFactor, Experts, LoraFactor
+from engine.weights.stacked import LIMIT as STACKED_LIMIT
 from engine.weights.tensorfile import ITEM_SIZE
 
 SAMPLED_TENSORS = 36
@@ -78,13 +79,28 @@ def forecast(plan: Plan, events: EventWriter, threads: int | None = None) -> dic
 
 
 def memory(plan: Plan, workers: int) -> int:
-    """Peak resident bytes, about: the interpreter, each worker's buffers, the factors of four tensors."""
+    """Peak resident bytes, about: the interpreter, each worker's buffers, the factors of four tensors.
+
+    Stacked factors of experts stay in memory as well, up to a limit (engine/weights/stacked.py).
+    """
     widest = max((tensor.source.columns for tensor in plan.tensors if not tensor.copied), default=1)
     linear = plan.recipe.method in LINEAR
     entries = 0 if linear else len(plan.recipe.entries) + 1
     ranks = max((_ranks(tensor) * sum(tensor.source.shape[-2:]) for tensor in plan.changed), default=0)
     factors = 4 * 4 * ranks * (2 if linear else 3)
-    return _FIXED_MEMORY + workers * (12 + 4 * entries) * max(block_elements(), widest) + factors
+    return (
+        _FIXED_MEMORY
+        + workers * (12 + 4 * entries) * max(block_elements(), widest)
+        + factors
+        + _stacked(plan)
+    )
+
+
+def _stacked(plan: Plan) -> int:
+    changes = [part.change for tensor in plan.changed for part in tensor.parts]
+    sizes = {(c.b.file, c.b.name): c.b.nbytes for c in changes if isinstance(c, ExpertFactor | Experts)}
+    largest = max(sizes.values(), default=0)
+    return min(sum(sizes.values()), max(STACKED_LIMIT, largest) + largest)  # one is read beside those kept
 
 
 def _ranks(tensor: TensorPlan) -> int:

@@ -159,9 +159,9 @@ def load(part: Part, tensor: TensorPlan, files: OpenFiles, alone: bool) -> Loade
                 load(replace(part, change=change), tensor, files, alone=True) for change in several.parts
             ]
         case LoraFactor() as factor if alone:
-            loaded.packed = [_pack(*factor.factors(), factor.scale)]
+            loaded.packed = [_pack(*factor.factors(files.stacked), factor.scale)]
         case Experts() as experts if alone:
-            pairs = [experts.factors(expert) for expert in range(experts.experts)]
+            pairs = [experts.factors(expert, files.stacked) for expert in range(experts.experts)]
             loaded.packed = [_pack(*pair, experts.scale) for pair in pairs]
         case Addition() as addition:
             loaded.vector = (read_rows(addition.values).astype(np.float64) * addition.scale).astype(
@@ -169,7 +169,7 @@ def load(part: Part, tensor: TensorPlan, files: OpenFiles, alone: bool) -> Loade
             )
             loaded.vector = loaded.vector.reshape(-1)
         case Dora() as dora:
-            loaded.packed = [_pack(*dora.low_rank.factors(), dora.low_rank.scale)]
+            loaded.packed = [_pack(*dora.low_rank.factors(files.stacked), dora.low_rank.scale)]
             loaded.vector = read_rows(dora.magnitude).reshape(-1)
     return loaded
 
@@ -191,7 +191,8 @@ def _stacked(parts: list[Loaded], tensor: TensorPlan, expert: int) -> Packed:
     for part in parts:
         change = part.part.change
         assert isinstance(change, LoraFactor | Experts)
-        one, other = change.factors() if isinstance(change, LoraFactor) else change.factors(expert)
+        kept = part.files.stacked
+        one, other = change.factors(kept) if isinstance(change, LoraFactor) else change.factors(expert, kept)
         scaled = one.astype(np.float64) * (part.weight * change.scale)
         if np.abs(scaled).max(initial=0.0) > LARGEST["F32"]:
             raise BadAdapterError(

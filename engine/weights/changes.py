@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.weights.stacked import StackedColumns
 from engine.weights.tensorfile import ITEM_SIZE, Float32Array, TensorInfo, read_bytes, read_rows, widen
 
 
@@ -46,8 +47,11 @@ class LoraFactor:
         out, inside = self.b.shape[0], self.a.shape[1]
         return (inside, out) if self.transposed else (out, inside)
 
-    def factors(self) -> tuple[Float32Array, Float32Array]:
-        """L (rows, r) and R (r, columns), float32, unscaled: delta = scale * L @ R as the base stores it."""
+    def factors(self, stacked: StackedColumns | None = None) -> tuple[Float32Array, Float32Array]:
+        """L (rows, r) and R (r, columns), float32, unscaled: delta = scale * L @ R as the base stores it.
+
+        `stacked` keeps what experts share, for who takes many of them; a module by itself shares nothing.
+        """
         a, b = read_rows(self.a), read_rows(self.b)
         return (a.T, b.T) if self.transposed else (b, a)
 
@@ -81,12 +85,16 @@ class Experts:
         out, inside = self.b.shape[0], self.a.shape[1]
         return (self.experts, inside, out) if self.transposed else (self.experts, out, inside)
 
-    def factors(self, expert: int) -> tuple[Float32Array, Float32Array]:
+    def factors(
+        self, expert: int, stacked: StackedColumns | None = None
+    ) -> tuple[Float32Array, Float32Array]:
         """L (rows, r) and R (r, columns) of one expert, float32, unscaled."""
         a = read_rows(self.a, expert * self.rank, self.rank)
-        b = expert_columns(
-            self.b, 0, self.b.rows, expert_slice(expert, self.rank, self.experts, self.grouped)
-        )
+        if stacked is not None:
+            b = stacked.of(self.b, expert, self.experts, self.grouped, 0, self.b.rows)
+        else:
+            columns = expert_slice(expert, self.rank, self.experts, self.grouped)
+            b = expert_columns(self.b, 0, self.b.rows, columns)
         return (a.T, b.T) if self.transposed else (b, a)
 
 
@@ -121,10 +129,13 @@ class ExpertFactor(LoraFactor):
     def shape(self) -> tuple[int, ...]:
         return (self.rows, self.a.shape[1])
 
-    def factors(self) -> tuple[Float32Array, Float32Array]:
+    def factors(self, stacked: StackedColumns | None = None) -> tuple[Float32Array, Float32Array]:
         """L (rows, r) and R (r, columns), float32, unscaled."""
-        columns = expert_slice(self.expert, self.rank, self.experts, self.grouped)
-        left = expert_columns(self.b, self.first_row, self.rows, columns)
+        if stacked is not None:
+            left = stacked.of(self.b, self.expert, self.experts, self.grouped, self.first_row, self.rows)
+        else:
+            columns = expert_slice(self.expert, self.rank, self.experts, self.grouped)
+            left = expert_columns(self.b, self.first_row, self.rows, columns)
         return left, read_rows(self.a, self.expert * self.rank, self.rank)
 
 
