@@ -19,7 +19,7 @@ from engine.merge.verify.files import Structure, shortened
 from engine.merge.verify.fit import Fit
 from engine.merge.verify.formulas import Task
 from engine.merge.verify.guess import Guess
-from engine.merge.verify.hypotheses import best_explanation
+from engine.merge.verify.hypotheses import best_explanation, float32_angle
 from engine.merge.verify.replay import Rounding, Weighting, roundings, weightings
 from engine.merge.verify.sample import Sample, draw
 from engine.merge.verify.stats import TensorStats
@@ -87,6 +87,8 @@ def _other_way(evidence: Evidence, wrong: list[TensorStats]) -> list[Finding]:
         wrong = [t for t in wrong if t.name in left]
         if not wrong:
             return findings
+    if evidence.spec.method == "slerp" and (angle := float32_angle([evidence.tasks[t.name] for t in wrong])):
+        return [*findings, angle]
     if count <= max(64, 1e-3 * elements):
         return [*findings, _few(wrong, count)]
     ratio = max(tensor.relative_error for tensor in wrong)

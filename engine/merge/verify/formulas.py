@@ -222,6 +222,18 @@ class Slerp:
         other.choices = [other._shares(self.cosine)]
         return other
 
+    def loose(self, shift: float) -> Slerp | None:
+        """The same with a cosine known to `shift` only; None for a straight line, which has no angle."""
+        one, two, straight = self.choices[0]
+        if straight:
+            return None
+        other = copy.copy(self)
+        other.choices = self.choices[:1]
+        cosines = (max(self.cosine - shift, -STRAIGHT), min(self.cosine + shift, STRAIGHT))
+        shares = [self._shares(cosine) for cosine in cosines]
+        other.spread = max(self.spread, *(max(abs(s[0] - one), abs(s[1] - two)) for s in shares))
+        return other
+
     def value32(self, block: Block) -> Float32Array:
         one, two, _ = self.choices[0]
         return combine(block.base, one + two, block.deltas, np.array([one, two]) * self.w)

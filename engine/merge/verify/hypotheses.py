@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -29,6 +30,7 @@ ELEMENTS = 12_000  # of each, in three places
 ENOUGH = 0.97  # share of the elements a true hypothesis gives
 DENSITIES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.05, 0.01)
 SEEDS = (0, 1, 42, 123, 1234)
+FLOAT32_COSINE = 1e-4  # what summing tens of millions of elements in float32 may do to a cosine
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,44 @@ def _rows(task: Task, stats: TensorStats) -> _Rows:
         sizes = Sizes(lambda: (block.deltas for block in blocks_of(task, loaded)), len(loaded))
     arc = Slerp(task, loaded, lambda: blocks_of(task, loaded)) if task.method == "slerp" else None
     return _Rows(task, loaded, blocks, sizes, arc)
+
+
+def float32_angle(tasks: Sequence[Task]) -> Finding | None:
+    """Whether a slerp's angle was summed in float32: every element is right for a cosine that is nearly the true one.
+
+    Few elements tell (those that lie near a half), so tensors are read whole, as many as are looked at anyway.
+    """
+    for task in tasks[:TENSORS]:
+        loaded = [term.load(task.base) for term in task.terms]
+        arc = Slerp(task, loaded, partial(blocks_of, task, loaded)).loose(FLOAT32_COSINE)
+        if arc is None or not all(_right(arc, task, loaded, first) for first in _starts(task)):
+            return None
+    return Finding(
+        "low_precision_sums",
+        "the angle",
+        "the angle was summed in float32, which over so many elements moves it a little (as mergekit's slerp does)",
+    )
+
+
+def _step(task: Task) -> int:
+    return max(1, ELEMENTS * 16 // max(1, task.base.columns))
+
+
+def _starts(task: Task) -> range:
+    return range(0, task.base.rows, _step(task))
+
+
+def _right(formula: Formula, task: Task, loaded: Sequence[Loaded], first: int) -> bool:
+    """Whether every element of some rows lies within the formula's bound."""
+    count = min(_step(task), task.base.rows - first)
+    base = read_block(task.base, first, count)
+    block = Block(first * task.base.columns, base.reshape(-1), [term.block(first, base) for term in loaded])
+    found = widen_bits(raw_rows(task.merged, first, count), task.merged.dtype).astype(np.float64)
+    at = Elements.of(block, np.arange(block.base.size), [term.roundings for term in loaded])
+    way = next(formula.ways(block, at))
+    low = round_to(way.value - way.bound, task.merged.dtype)
+    high = round_to(way.value + way.bound, task.merged.dtype)
+    return bool(np.all((low <= found) & (found <= high)))
 
 
 def best_explanation(

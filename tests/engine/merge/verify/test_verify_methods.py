@@ -360,6 +360,31 @@ def test_slerp_that_was_a_straight_line(make_models: MakeModels) -> None:
     assert (verdict.verdict, verdict.findings[0].detail) == ("swapped", "t 0.7"), verdict.message
 
 
+class Float32Angle(Setting):
+    """A slerp whose cosine came out a little wrong, as the sum of very many float32 products does."""
+
+    def value(self, name: str, base: Array, deltas: dict[str, Array]) -> Array:
+        p, q = (base + self.weights[k] * deltas.get(k, np.zeros_like(base)) for k in self.weights)
+        cosine = float((p * q).sum() / np.linalg.norm(p) / np.linalg.norm(q)) + 5e-5
+        if cosine > 0.9995:
+            return super().value(name, base, deltas)
+        angle = np.arccos(cosine)
+        return np.asarray((np.sin((1 - self.t) * angle) * p + np.sin(self.t * angle) * q) / np.sin(angle))
+
+
+def test_a_slerp_with_its_angle_from_float32(make_models: MakeModels) -> None:
+    models, asked = make_models(step=0.05), Setting("slerp", weights={"pt": 1.0, "sft": 1.0})
+    rough = Float32Angle("slerp", weights={"pt": 1.0, "sft": 1.0})
+    verdict = verify_models(models, merged_models(models, rough, torch.bfloat16), asked, False)
+    assert 0 < verdict.elements_differing < 500
+    assert (verdict.verdict, verdict.findings[0].detail) == ("low_precision_sums", "the angle")
+    right = merged_models(models, asked, torch.bfloat16)
+    name = max(right, key=lambda name: right[name].numel())
+    right[name].view(torch.int16).view(-1)[7] += 1
+    verdict = verify_models(models, right, asked, False)
+    assert (verdict.verdict, verdict.elements_differing) == ("unexpected_change", 1)
+
+
 def test_models_of_other_shapes_are_refused(make_models: MakeModels) -> None:
     models = make_models()
     small = {name: tensor[: len(tensor) // 2] for name, tensor in models.base.items()}
