@@ -44,7 +44,7 @@ def done_steps(overview: Overview, selection: Selection) -> dict[str, bool]:
     return {
         "base": bool(selection.base),
         "adapters": bool(selection.pt and selection.sft),
-        "merge": bool(overview.merges),
+        "merge": any(not row.rejected for row in overview.merges),
         "verify": verified,
         "chat": any(row.kind == "model" for row in overview.ggufs),
         "evaluate": any(run.evaluation for run in overview.runs),

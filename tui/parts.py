@@ -5,7 +5,7 @@ from __future__ import annotations
 from textual.content import Content
 
 from tui.safe_text import plain
-from tui.snapshots import JobRow, VerdictView
+from tui.snapshots import JobRow, MergeRow, VerdictView
 from tui.text import bar, cut, duration, fit, quantity, weight
 from tui.theme import label_style
 
@@ -82,6 +82,11 @@ def verdict_line(verdict: VerdictView | None) -> Content:
     if verdict.ok is None:
         return Content.styled("? could not tell", "$warning")
     return Content.styled(f"✗ {plain(verdict.message or verdict.code)}", "$error")
+
+
+def merge_mark(row: MergeRow) -> Content:
+    """The verdict of a merge in a few words; of one that was refused, that it was."""
+    return Content.styled("✗ refused", "$error") if row.rejected else verdict_line(row.verdict)
 
 
 def verdict_strip(verdict: VerdictView) -> Content:

@@ -10,7 +10,7 @@ from textual.binding import Binding
 from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import OptionList, SelectionList, Static
+from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from tui.safe_text import plain
@@ -55,26 +55,38 @@ class PickSeveralScreen(ModalScreen[tuple[str, ...] | None]):
     """Pick any number of `choices` (value, words); returns the values in their order, or None after Esc."""
 
     BINDINGS = [
+        Binding("space", "mark", "mark", priority=True),
         Binding("enter", "take", "take them", priority=True),
         Binding("escape", "close", "close"),
     ]
 
     def __init__(self, title: str, choices: Sequence[tuple[str, str]], chosen: Sequence[str]) -> None:
         super().__init__()
-        self.heading, self.choices, self.chosen = title, tuple(choices), frozenset(chosen)
+        self.heading, self.choices, self.marked = title, tuple(choices), set(chosen)
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(Content(plain(self.heading)), classes="title")
-            yield SelectionList[str](
-                *((Content(plain(words)), value, value in self.chosen) for value, words in self.choices),
-                compact=True,
-            )
+            yield OptionList(*map(self._line, self.choices), markup=False, compact=True)
             yield Static(Content("space marks   ⏎ take them   esc close"), classes="keys")
 
+    def _line(self, choice: tuple[str, str]) -> Content:
+        value, words = choice
+        mark = ("✓ ", "bold $success") if value in self.marked else ("· ", "$faint")
+        return Content.assemble(mark, plain(words))
+
+    def action_mark(self) -> None:
+        options = self.query_one(OptionList)
+        if options.highlighted is not None:
+            choice = self.choices[options.highlighted]
+            self.marked ^= {choice[0]}
+            options.replace_option_prompt_at_index(options.highlighted, self._line(choice))
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        self.action_mark()  # a click
+
     def action_take(self) -> None:
-        marked = set(self.query_one(SelectionList).selected)
-        self.dismiss(tuple(value for value, _ in self.choices if value in marked))
+        self.dismiss(tuple(value for value, _ in self.choices if value in self.marked))
 
     def action_close(self) -> None:
         self.dismiss(None)

@@ -10,17 +10,20 @@ from textual.widgets import Static
 
 from tui import actions, guide
 from tui.actions import Action
-from tui.parts import job_line, verdict_line, weights_content
+from tui.parts import job_line, merge_mark, weights_content
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
 from tui.snapshots import JobFeed, JobRow, Overview
-from tui.text import cut, parameters, size
+from tui.text import cut, fit, parameters, size
 from tui.widgets.sized import SizedStatic
 
 STEP_WORDS = {
     "base": "base", "adapters": "adapters", "merge": "merge", "verify": "verified", "chat": "chat",
     "evaluate": "evaluate",
 }  # fmt: skip
+
+
+LATEST_TALL = 3  # merges shown where there is room
 
 
 class HomeScreen(MedScreen):
@@ -30,7 +33,7 @@ class HomeScreen(MedScreen):
     BINDINGS = [
         Binding("enter", "go", "do it"),
         Binding("d", "demo", "make the demo"),
-        Binding("r", "report", "report of the latest merge"),
+        Binding("r", "report", "report", tooltip="of the latest merge"),
         Binding("u", "reread", "read again", show=False),
     ]
 
@@ -100,15 +103,20 @@ class HomeScreen(MedScreen):
         if not overview.merges:
             self._part("latest", "Latest", Content.styled("no merge yet", "$faint"))
             return
-        row = overview.merges[0]
-        line = Content.assemble(
-            (cut(row.name, 40), "bold"),
-            "   ",
-            weights_content(dict(row.weights)),
-            "   ",
-            verdict_line(row.verdict),
-        )
-        self._part("latest", "Latest", line)
+        shown = overview.merges[: LATEST_TALL if self.size.height >= 30 else 1]
+        width = min(40, max(len(row.name) for row in shown))
+        lines = [
+            Content.assemble(
+                (fit(row.name, width), "bold"),
+                "   ",
+                weights_content(dict(row.weights)),
+                "   ",
+                merge_mark(row),
+            )
+            for row in shown
+        ]
+        lines[0] += Content.assemble("   ", ("r", "bold $primary"), (" report", "$faint"))
+        self._part("latest", "Latest", Content("\n").join(lines))
 
     def _here(self, overview: Overview) -> None:
         selection = self.med.selection

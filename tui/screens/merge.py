@@ -15,7 +15,7 @@ from textual.widgets import Input, OptionList, Static
 
 from tui import actions
 from tui.actions import Action, Mixture
-from tui.parts import FACT_WIDTH, fact, job_line, verdict_line, verdict_strip, weights_content
+from tui.parts import FACT_WIDTH, fact, job_line, merge_mark, verdict_line, verdict_strip, weights_content
 from tui.results import overlap, verdict
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
@@ -434,7 +434,6 @@ def _merge_line(row: MergeRow, width: int) -> Content:
         return Content.assemble((name, "$faint"), "  ", (cut(row.error, width - 40), "$error"))
     what = "adapter" if row.kind == "adapter" else DTYPES.get(row.dtype, row.dtype.lower())
     facts = [fit(row.method, 15), fit(what, 7), fit(size(row.nbytes), 8)] if wide else [row.method, what]
-    mark = Content.styled("✗ refused", "$error") if row.rejected else verdict_line(row.verdict)
     line = Content.assemble((name, "bold"), "  ") + weights_content(dict(row.weights))
-    line += Content.styled(plain(f"  {'  '.join(facts)}  "), "$faint") + mark
+    line += Content.styled(plain(f"  {'  '.join(facts)}  "), "$faint") + merge_mark(row)
     return line if line.cell_length <= width else line.truncate(width, ellipsis=True)

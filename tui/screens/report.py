@@ -210,7 +210,9 @@ class ReportScreen(MedScreen):
         count, wrong = len(said.modules), sum(1 for module in said.modules if module.differing)
         worst, title = said.worst, "The modules farthest from what was asked"
         if not wrong:
-            title = "The modules that rounding takes most of"
+            title = (
+                "The modules that rounding takes most of" if said.found else "The modules that change least"
+            )
             worst = tuple(sorted(said.modules, key=lambda m: -m.unchanged / (m.elements or 1)))
         room = max(WORST_SHOWN, self.size.height - 12) if self.size.width >= SPLIT else WORST_SHOWN
         if self.whole:

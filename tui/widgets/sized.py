@@ -22,9 +22,10 @@ class _TellsWidth(Widget):
             self.post_message(WidthChanged())
 
 
-class SizedStatic(_TellsWidth, Static):
+# The look is that of the first base: it comes before _TellsWidth.
+class SizedStatic(Static, _TellsWidth):
     """A Static that tells its width."""
 
 
-class SizedScroll(_TellsWidth, VerticalScroll):
+class SizedScroll(VerticalScroll, _TellsWidth):
     """A scrolling column that tells its width."""

@@ -164,10 +164,15 @@ def findings_content(verdict: VerdictView, width: int) -> Content:
     for finding in verdict.findings:
         if finding.code == "ok":
             continue
-        head = Content.assemble((plain(finding.code), f"bold {style}"), "   ", (cut(finding.detail, 400), ""))
+        told = finding.detail
+        if finding.message and finding.message not in verdict.message:  # the sentence above says it
+            told = (
+                finding.message
+                if finding.detail in finding.message
+                else f"{finding.detail}: {finding.message}"
+            )
+        head = Content.assemble((plain(finding.code), f"bold {style}"), "   ", cut(told, 600))
         lines.append(_wrapped(head, "✗ " if verdict.ok is False else "? ", width, style))
-        if finding.message and finding.message != finding.detail:
-            lines.append(_wrapped(Content(plain(finding.message)), "  ", width, "$faint"))
     lines += [_wrapped(Content(plain(line)), "! ", width, "$warning") for line in verdict.warnings]
     return Content("\n").join(lines)
 
