@@ -34,6 +34,10 @@ class AskedEntry:
     weight: Mapping[str, float] = field(default_factory=lambda: {DEFAULT: 1.0})
     density: Mapping[str, float] = field(default_factory=lambda: {DEFAULT: 1.0})
 
+    @property
+    def by_tensor(self) -> bool:
+        return len(set(self.weight.values())) > 1
+
     def weight_of(self, tensor: str) -> float:
         return _value(self.weight, tensor, 0.0)
 
@@ -97,6 +101,11 @@ class Asked:
     def weights(self) -> dict[str, float]:
         """One number a label, for people: the default, else the first."""
         return {entry.label: _one(entry.weight) for entry in self.entries}
+
+    @property
+    def by_tensor(self) -> bool:
+        """Some entry's weight differs between tensors, so that no one number says what was asked."""
+        return any(entry.by_tensor for entry in self.entries)
 
     def check(self) -> None:
         """Raise BadRecipeError for what has no meaning."""

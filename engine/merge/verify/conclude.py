@@ -62,7 +62,7 @@ def conclude(evidence: Evidence) -> Verdict:
     return Verdict(
         findings=tuple(findings),
         message=message,
-        asked=evidence.asked,
+        asked=_asked(evidence, whole),
         expected_weights=expected if linear else None,
         effective_weights=_weights(evidence, whole.found) if linear else None,
         rounding_loss={label: asked[label] - expected[label] for label in asked} if linear else None,
@@ -105,6 +105,17 @@ def _cosines(labels: Sequence[str], whole: Fit) -> dict[str, float]:
         for i in range(len(labels))
         for j in range(i + 1, len(labels))
     }
+
+
+def _asked(evidence: Evidence, whole: Fit) -> Weights | None:
+    """What was asked, one number a label: of weights by tensor what they fit to on the whole, as they were applied."""
+    spec = evidence.spec
+    if evidence.asked is None or not spec.linear or not spec.by_tensor:
+        return evidence.asked
+    fitted = _weights(evidence, whole.asked)
+    if spec.normalizes or spec.lam != 1.0 or evidence.implied is not None:
+        return fitted
+    return {e.label: fitted[e.label] if e.by_tensor else evidence.asked[e.label] for e in spec.entries}
 
 
 def _worst(stats: Sequence[TensorStats], modules: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -206,8 +217,8 @@ def _shifted(evidence: Evidence, whole: Fit) -> list[Finding]:
 
 
 def _visible(evidence: Evidence) -> list[Finding]:
-    """A right merge by a method without a fit: it must at least differ from the base."""
-    if any(tensor.ideal_unchanged < tensor.elements for tensor in evidence.stats):
+    """A right merge of anything must at least differ from the base."""
+    if _nothing_asked(evidence) or any(tensor.ideal_unchanged < tensor.elements for tensor in evidence.stats):
         return []
     return [
         Finding(
@@ -216,6 +227,14 @@ def _visible(evidence: Evidence) -> list[Finding]:
             f"{evidence.merged.dtype} is too coarse for these deltas: a right merge has the same bits as the base",
         )
     ]
+
+
+def _nothing_asked(evidence: Evidence) -> bool:
+    """The reference itself was asked for: every weight is 0, or it is one end of a slerp."""
+    spec, names = evidence.spec, [tensor.name for tensor in evidence.stats]
+    if spec.method == "slerp":
+        return spec.entries[0].path == evidence.base.folder and not any(spec.t_of(name) for name in names)
+    return not any(entry.weight_of(name) for entry in spec.entries for name in names)
 
 
 def _identifiable(evidence: Evidence, whole: Fit) -> list[Finding]:
@@ -231,6 +250,8 @@ def _identifiable(evidence: Evidence, whole: Fit) -> list[Finding]:
                 f"{names} changes nothing (all zero), so its weight cannot be found",
             )
         ]
+    if drowned := _visible(evidence):
+        return drowned
     apart = fits.least_separation(whole.cosines)
     if apart < COLLINEAR or (apart < NEARLY and float(whole.error.max()) > UNCLEAR):
         a, b, cosine = fits.most_alike(labels, whole.cosines)
@@ -272,17 +293,22 @@ def _message(evidence: Evidence, whole: Fit, findings: Sequence[Finding]) -> str
     names = " / ".join(evidence.spec.labels)
     method = evidence.spec.method
     if not evidence.spec.linear:
-        weights = " / ".join(f"{weight:g}" for weight in evidence.spec.weights().values())
+        weights = " / ".join(
+            "by tensor" if entry.by_tensor else f"{weight:g}"
+            for entry, weight in zip(evidence.spec.entries, evidence.spec.weights().values(), strict=True)
+        )
         if not findings:
             return f"every element is right: {method} of {names} at weights {weights}"
         return findings[0].message
     found = " / ".join(f"{weight:.3f}" for weight in _weights(evidence, whole.found).values())
     if evidence.asked is not None:
-        scaled = evidence.spec.normalizes or evidence.spec.lam != 1.0 or evidence.implied is not None
-        weights_asked = _weights(evidence, whole.asked) if scaled else evidence.asked
-        asked = " / ".join(f"{weight:.3f}" for weight in weights_asked.values())
+        spec = evidence.spec
+        scaled = spec.normalizes or spec.lam != 1.0 or evidence.implied is not None
+        weights_asked = (_weights(evidence, whole.asked) if scaled else _asked(evidence, whole)) or {}
+        asked = " / ".join(_short(weight) for weight in weights_asked.values())
         if not findings:
-            return f"every element is right: {names} merged at {asked}"
+            where = "weights by tensor, on the whole " if spec.by_tensor else ""
+            return f"every element is right: {names} merged at {where}{asked}"
         where = f"found {found} where {asked} was asked ({names})"
     else:
         assert evidence.guess is not None
@@ -294,3 +320,9 @@ def _message(evidence: Evidence, whole: Fit, findings: Sequence[Finding]) -> str
     if first.code not in WEIGHT_CODES:
         return first.message
     return f"{first.message}: {where}"
+
+
+def _short(weight: float) -> str:
+    """Three decimals where they are the weight, else as many as it takes: 0.300, but 0.3001 and 1e-06."""
+    text = f"{weight:.3f}"
+    return text if abs(float(text) - weight) < 1e-6 * max(1e-6, abs(weight)) else f"{weight:.6g}"

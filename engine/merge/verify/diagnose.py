@@ -318,6 +318,7 @@ def _cut(tensors: Sequence[TensorStats]) -> list[Finding]:
 def _ranks(tensors: Sequence[TensorStats], labels: Sequence[str]) -> list[Finding]:
     """Adapters of which some ranks are missing: their rank-1 pieces fit to 0 and the others to what was asked."""
     gone: dict[str, list[float]] = {label: [] for label in labels}
+    neither: dict[str, list[float]] = {label: [] for label in labels}
     rank: dict[str, int] = {}
     for tensor in tensors:
         factors = tensor.factors
@@ -326,11 +327,17 @@ def _ranks(tensors: Sequence[TensorStats], labels: Sequence[str]) -> list[Findin
         pieces = fits.rank_weights(factors, tensor.asked)
         for delta, span, asked in zip(factors.deltas, factors.spans, tensor.asked, strict=True):
             if asked:
-                gone[delta.label].append(float(np.mean(np.abs(pieces[span] / asked) < 0.3)))
+                share = pieces[span] / asked
+                gone[delta.label].append(float(np.mean(np.abs(share) < 0.3)))
+                neither[delta.label].append(
+                    float(np.mean((np.abs(share) >= 0.3) & (np.abs(share - 1) >= 0.3)))
+                )
                 rank[delta.label] = delta.rank
     findings = []
     for label, shares in gone.items():
-        if shares and 0.02 < (share := float(np.median(shares))) < 0.98:
+        if not shares or np.median(neither[label]) > 0.25:  # noise: another delta altogether
+            continue
+        if 0.02 < (share := float(np.median(shares))) < 0.98:
             findings.append(
                 Finding(
                     "partly_applied",
