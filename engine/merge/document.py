@@ -98,7 +98,11 @@ def input_path(value: object, where: str, places: Sequence[Path]) -> Path:
     for place in places or [Path.cwd()]:
         if (place / path).exists():
             return (place / path).absolute()
-    looked = "" if path.is_absolute() else f"looked in {', '.join(map(str, places or [Path.cwd()]))}; "
+    looked = (
+        ""
+        if path.is_absolute()
+        else f"looked in {', '.join(dict.fromkeys(map(str, places or [Path.cwd()])))}; "
+    )
     raise BadRecipeError(
         f"{where}: {value} does not exist", f"{looked}models are read from disk, never downloaded"
     )

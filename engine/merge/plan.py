@@ -230,7 +230,9 @@ def _warnings(
                 yield f"{entry.kind} {entry.label}: later selectors override {selector!r} everywhere"
             elif count == 0:
                 yield f"{entry.kind} {entry.label}: its default weight is used by no tensor"
-        if entry.uniform == 0:
+        if entry.uniform == 0 and recipe.method == "slerp":
+            yield f"{entry.kind} {entry.label} has weight 0: its end of the arc is {base.name} itself"
+        elif entry.uniform == 0:
             yield f"{entry.kind} {entry.label} has weight 0: it changes nothing"
     for label, adapter in inputs.adapters.items():
         named = Path(adapter.base_name).name.lower()

@@ -70,7 +70,8 @@ def existing_path(text: str, workspace: Workspace, what: str) -> Path:
     for path in (typed, workspace.root / text):
         if path.exists():
             return path.absolute()
-    raise BadInputError(f"{what} {text} does not exist", f"looked in {Path.cwd()} and {workspace.root}")
+    places = dict.fromkeys((str(Path.cwd()), str(workspace.root.absolute())))
+    raise BadInputError(f"{what} {text} does not exist", f"looked in {' and '.join(places)}")
 
 
 def labelled(text: str, what: str = "--adapter") -> tuple[str, str, float | None]:

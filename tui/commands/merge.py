@@ -155,7 +155,7 @@ def recipe_of(args: argparse.Namespace, default_out: str | None = None) -> dict[
 
 def _output(args: argparse.Namespace) -> dict[str, Any]:
     given = {"dtype": args.dtype, "kind": args.kind, "rank": args.rank, "gguf": args.gguf}
-    return {name: value for name, value in given.items() if value}
+    return {name: value for name, value in given.items() if value is not None and value != []}
 
 
 def _from_file(args: argparse.Namespace, root: Path, default_out: str | None) -> dict[str, Any]:

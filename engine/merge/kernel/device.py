@@ -35,12 +35,18 @@ class DeviceKernel:
 
     def __init__(self, host: PlainKernel, device: str) -> None:
         """`device` as torch names it ("cuda", "cuda:1"). Raises BadInputError when it is not there."""
+        try:
+            self._device = torch.device(device)
+        except RuntimeError as error:
+            raise BadInputError(
+                f"there is no device {device!r}", "--device is cpu, cuda or cuda:1, ..."
+            ) from error
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise BadInputError(
                 f"device {device} is not there: torch {torch.__version__} sees no CUDA",
                 "leave --device out: the processor does it",
             )
-        self._host, self._device = host, torch.device(device)
+        self._host = host
         torch.backends.cuda.matmul.allow_tf32 = False
 
     def __getattr__(self, name: str) -> Any:

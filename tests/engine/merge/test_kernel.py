@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.errors import BadInputError
 from engine.merge.kernel import compiled
 from engine.merge.kernel.device import DeviceKernel
 from engine.merge.kernel.plain import HIGH_BINS, LOW_BINS, SCRATCH, PlainKernel, widen
@@ -196,3 +197,8 @@ def test_both_kernels_agree_on_subnormal_halves() -> None:
         out = np.empty(data.size // 2, np.float32)
         kernel.scaled(data, "F16", 1.0, False, out)
         assert np.array_equal(out, widen(data, "F16", out.size))
+
+
+def test_a_device_torch_does_not_know_is_named() -> None:
+    with pytest.raises(BadInputError, match="there is no device 'tpu'"):
+        DeviceKernel(PLAIN, "tpu")

@@ -254,6 +254,10 @@ def test_methods_and_output_kinds_by_flags(filled: Workspace, capsys: pytest.Cap
         == 0
     )
     assert "one adapter of rank 4" in capsys.readouterr().out
+    assert (
+        main(["merge", *FLAGS, "--kind", "adapter", "--rank", "0", "--out", str(filled.adapters / "no")]) == 2
+    )
+    assert "output.rank should be a whole number from 1, and is 0" in capsys.readouterr().err
     alone = filled.root / "alone.gguf"
     assert main(["merge", *FLAGS, "--kind", "gguf", "--gguf", "q8_0", "--out", str(alone)]) == 0
     assert alone.is_file() and not list(filled.root.glob("*.partial*"))
