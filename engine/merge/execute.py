@@ -103,6 +103,8 @@ def gguf_files(recipe: Recipe) -> dict[str, Path]:
     files = gguf_paths(recipe.output, recipe.gguf, alone=recipe.kind == "gguf")
     for path in files.values():
         refuse_existing(path)
+        if recipe.kind == "gguf":
+            refuse_existing(path.with_name(f"{path.name}.json"))
     return files
 
 
@@ -116,7 +118,10 @@ def _write_ggufs(
 
 
 def _only_ggufs(recipe: Recipe, events: EventWriter, verify: bool, threads: int | None) -> dict[str, Any]:
-    """GGUF straight from base and adapters, without a checkpoint on the way (output.kind gguf)."""
+    """GGUF straight from base and adapters, without a checkpoint on the way (output.kind gguf).
+
+    Each file gets a manifest beside it, FILE.gguf.json.
+    """
     from engine.gguf.mixture import Mixture
 
     started = time.monotonic()
@@ -135,13 +140,20 @@ def _only_ggufs(recipe: Recipe, events: EventWriter, verify: bool, threads: int 
     paths = {entry.label: entry.path for entry in recipe.entries}
     mixture = Mixture(recipe.base, paths, _plain(plan.counted), plan.asked)
     written = _write_ggufs(mixture, files, events, verify, threads)
+    records = []
+    for file in written:
+        out, seconds = Path(file["out"]), time.monotonic() - started
+        record = manifests.gguf_manifest(plan, out, file["type"], file["sha256"], seconds)
+        record["verification"] = summary(file["verdict"])
+        write_json(manifests.manifest_path(out), record)
+        records.append(record)
     return {
         "out": written[0]["out"],
         "ggufs": written,
         "seconds": round(time.monotonic() - started, 3),
         "bytes_written": sum(file["bytes"] for file in written),
         "resumed_bytes": 0,
-        "manifest": None,
+        "manifest": records[0],
         "verdict": written[0]["verdict"],
         "exit_code": worst([file["exit_code"] for file in written]),
     }

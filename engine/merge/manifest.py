@@ -56,29 +56,50 @@ def make_manifest(plan: Plan, streamed: Streamed, folder: Path, seconds: float) 
     recipe, shards = plan.recipe, {entry.name: entry for entry in streamed.shards}
     read = {name: entry.source for name, entry in shards.items()}
     near = recipe.output.parent
+    models = {
+        label: describe_model(model, read if model is plan.base else _of(streamed.others, model), near)
+        for label, model in plan.inputs.models.items()
+    }
+    files = hash_files(folder, {name: entry.target for name, entry in shards.items()})
+    return _document(plan, recipe.output, seconds, read, plan.dtype, models, files)
+
+
+def gguf_manifest(plan: Plan, target: Path, kind: str, sha256: str, seconds: float) -> dict[str, Any]:
+    """The manifest of a GGUF made straight from base and adapters. Reads the base once more to hash it."""
+    read = {shard.path.name: file_sha256(shard.path) for shard in plan.base.shards}
+    return _document(plan, target, seconds, read, kind, {}, {target.name: sha256})
+
+
+def _document(
+    plan: Plan,
+    target: Path,
+    seconds: float,
+    base_hashes: Mapping[str, str],
+    dtype: str,
+    models: dict[str, Any],
+    files: dict[str, str],
+) -> dict[str, Any]:
+    recipe, near = plan.recipe, target.parent
     return {
         "format": FORMAT,
-        "name": recipe.output.name,
+        "name": target.name,
         "created": now(),
         "seconds": round(seconds, 3),
         "recipe": recipe.to_dict(),
         **method_fields(recipe),
         "asked": plan.asked,
-        "base": describe_model(plan.base, read, near) if recipe.base is not None else None,
+        "base": describe_model(plan.base, base_hashes, near) if recipe.base is not None else None,
         "adapters": {
             label: describe_adapter(adapter, near)
             | {"variants": variants(plan.inputs.changes[label].values())}
             for label, adapter in plan.adapters.items()
         },
-        "models": {
-            label: describe_model(model, read if model is plan.base else _of(streamed.others, model), near)
-            for label, model in plan.inputs.models.items()
-        },
+        "models": models,
         "output": {
             "kind": recipe.kind,
-            "dtype": plan.dtype,
+            "dtype": dtype,
             "tensors_changed": len(plan.changed),
-            "files": hash_files(folder, {name: entry.target for name, entry in shards.items()}),
+            "files": files,
         },
         "versions": versions(),
         "verification": None,
@@ -191,6 +212,11 @@ def _relative(folder: Path, near: Path) -> str:
     return os.path.relpath(folder.absolute(), near.absolute())
 
 
+def manifest_path(merged: Path) -> Path:
+    """Where the manifest of a merged folder, or of a GGUF file, lies."""
+    return merged.with_name(f"{merged.name}.json") if merged.is_file() else merged / NAME
+
+
 def is_merge(folder: Path) -> bool:
     """Whether a folder holds a manifest of a merge made by this program."""
     try:
@@ -200,12 +226,12 @@ def is_merge(folder: Path) -> bool:
     return str(found).startswith("medmerge.merge/")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an earlier merge, as format 2 whatever it was written in.
+def read_manifest(merged: Path) -> dict[str, Any]:
+    """The manifest of an earlier merge (a folder, or a GGUF file), as format 2 whatever it was written in.
 
     Raises BadInputError when there is none, or one that does not say what a manifest says.
     """
-    path = folder / NAME
+    path = manifest_path(merged)
     manifest = read_json(path, BadInputError, "only merges made by medmerge carry a manifest", unique=True)
     found = manifest.get("format")
     if found == FIRST_FORMAT:

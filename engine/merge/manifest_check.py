@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BadAdapterError
+from engine.errors import BadAdapterError, BadInputError
 from engine.jobs.events import EventWriter
-from engine.merge.manifest import NAME, read_manifest
+from engine.merge.manifest import NAME, manifest_path, read_manifest
 from engine.weights.adapter import CONFIG, WEIGHTS
 from engine.weights.checkpoint import read_json
 from engine.weights.tensorfile import file_sha256
@@ -58,8 +58,8 @@ class _Found:
                 self.parts[state].append(named.part)
 
 
-def check_manifest(folder: Path, events: EventWriter) -> dict[str, Any]:
-    """Hash every file the manifest names and compare.
+def check_manifest(merged: Path, events: EventWriter) -> dict[str, Any]:
+    """Hash every file the manifest of a merged folder, or of a GGUF (`FILE.gguf.json`), names and compare.
 
     Returns:
         ok, message, exit_code, checked (files hashed), and lists of paths: `changed`, `missing` and `extra` files of
@@ -71,19 +71,26 @@ def check_manifest(folder: Path, events: EventWriter) -> dict[str, Any]:
     Raises:
         BadInputError: no manifest, or one that cannot be read.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(merged)
+    alone = merged.is_file()  # one file, whatever it is called now
     moved: list[dict[str, str]] = []
-    wanted = [_Named("output", folder / n, sha) for n, sha in manifest["output"]["files"].items()]
+    files = manifest["output"]["files"]
+    if alone and len(files) != 1:
+        raise BadInputError(
+            f"{manifest_path(merged)}: output.files names {len(files)} files, and {merged} is one"
+        )
+    wanted = [_Named("output", merged if alone else merged / n, sha) for n, sha in files.items()]
     places: dict[str, Path] = {}
     for part, described in _inputs(manifest):
-        places[part] = place_of_input(folder, described)
+        places[part] = place_of_input(merged, described)
         if str(places[part]) != described["path"] and places[part].is_dir():
             moved.append({"part": part, "path": str(places[part])})
         wanted += [_Named(part, places[part] / n, sha) for n, sha in described["files"].items()]
     found = _hash_all(wanted, events)
-    known = {named.path for named in wanted} | {folder / NAME}
-    extra = sorted(str(path) for path in _entries(folder) if path not in known)
-    links = sorted(str(n.path) for n in wanted if n.part == "output" and _leaves(folder, n.path))
+    known = {named.path for named in wanted} | {merged / NAME}
+    extra = sorted(str(path) for path in _entries(merged) if path not in known)  # none beside a file
+    inside = merged.parent if alone else merged
+    links = sorted(str(n.path) for n in wanted if n.part == "output" and _leaves(inside, n.path))
     inconsistent = [*_contradictions(manifest), *_wrong_adapter_hashes(manifest, places, found)]
     differs = bool(found.changed or found.missing or extra or found.inputs_changed or inconsistent)
     unsure = bool(found.inputs_missing or found.unreadable)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BadInputError, BadRecipeError
+from engine.errors import BadRecipeError
 from engine.jobs import JobSpec
 from tui.commands.common import Commands, command_line, existing_path, labelled, run_job, table, workspace_of
 from tui.commands.merge import recipe_from_file
@@ -50,7 +50,9 @@ def add_parser(commands: Commands) -> None:
         "--recipe", metavar="FILE", help="a recipe or mergekit config that says what was asked, by any method"
     )
     parser.add_argument(
-        "--manifest", action="store_true", help="only hash every file again and compare with medmerge.json"
+        "--manifest",
+        action="store_true",
+        help="only hash every file again and compare with medmerge.json (of a GGUF: FILE.gguf.json)",
     )
     parser.set_defaults(run=run)
 
@@ -58,7 +60,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     workspace = workspace_of(args)
     merged = existing_path(args.merged, workspace, "merge")
-    if merged.is_file():
+    if merged.is_file() and not args.manifest:
         return _run_gguf(args, merged)
     params: dict[str, Any] = {"merged": str(merged), "manifest": bool(args.manifest)}
     alone = not args.base and not args.adapter  # then its own manifest says what was asked
@@ -76,8 +78,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_gguf(args: argparse.Namespace, file: Path) -> int:
-    if args.manifest:
-        raise BadInputError(f"{file} is a file, and --manifest checks a merged folder")
     params = {"file": str(file), **_question(args, adapters_needed=False)}
     spec = JobSpec(
         "verify", "engine.gguf.job:run_verify", params, f"verify {file.name}", command_line(args.argv)

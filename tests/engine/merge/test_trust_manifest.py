@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.errors import BadInputError, MedmergeError
+from engine.errors import BadInputError, MedmergeError, TargetExistsError
 from engine.jobs import EventWriter
 from engine.merge.job import run_merge
 from engine.merge.manifest import FORMAT, SCHEMA, is_merge, read_manifest
@@ -106,6 +106,41 @@ def test_real_manifests_keep_to_the_schema_and_name_every_hash(
     shards = [d for d in (manifest["base"], *manifest["models"].values()) if d and case != "adapter"]
     assert all("model.safetensors" in described["files"] for described in shards)
     assert check_manifest(out, EventWriter())["exit_code"] == 0
+
+
+def test_a_gguf_alone_carries_its_manifest_beside_it(world: Path, tmp_path: Path) -> None:
+    import jsonschema
+
+    root = shutil.copytree(world, tmp_path / "w")
+    out = {"path": str(root / "m.gguf"), "kind": "gguf", "gguf": ["q8_0", "f16"]}
+    result = merge(root, verify=True, adapters={"pt": {"default": 0.3, "mlp": 0.5}}, output=out)
+    files = [root / "m-q8_0.gguf", root / "m-f16.gguf"]
+    for file in files:
+        manifest = json.loads((root / f"{file.name}.json").read_text())
+        jsonschema.validators.Draft202012Validator(SCHEMA_DOCUMENT).validate(manifest)
+        assert manifest["output"]["files"] == {file.name: sha(file)} and manifest["verification"]["ok"]
+        assert manifest["base"]["files"]["model.safetensors"] == sha(root / "bases/tiny/model.safetensors")
+        assert check_manifest(file, EventWriter())["message"].startswith("all ")
+    assert result["manifest"]["output"]["dtype"] == "q8_0" and manifest["output"]["dtype"] == "f16"
+    renamed = files[0].rename(root / "n.gguf")
+    (root / "m-q8_0.gguf.json").rename(root / "n.gguf.json")
+    moved = tmp_path / "moved"
+    root.rename(moved)
+    found = check_manifest(moved / "n.gguf", EventWriter())
+    assert found["exit_code"] == 0 and [part["part"] for part in found["moved"]] == ["base", "adapter pt"]
+    for target, key in (
+        (moved / renamed.name, "changed"),
+        (moved / "adapters/pt/adapter_config.json", "inputs_changed"),
+    ):
+        with target.open("r+b") as file:
+            file.write(b"\0")
+        found = check_manifest(moved / "n.gguf", EventWriter())
+        assert found["exit_code"] == 1 and found[key] == [str(target)]
+    with pytest.raises(TargetExistsError, match=r"m-f16\.gguf"):
+        merge(moved, adapters={"pt": 0.3}, output={**out, "path": str(moved / "m.gguf")})
+    (moved / "m-f16.gguf").unlink()
+    with pytest.raises(TargetExistsError, match=r"m-f16\.gguf\.json"):
+        merge(moved, adapters={"pt": 0.3}, output={**out, "path": str(moved / "m.gguf")})
 
 
 def test_what_a_manifest_says_of_method_and_variants(world: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2) 
         (["merges/m", *BASE, "--adapter", "adapters/pt"], "is not LABEL=PATH"),
         (["merges/m", *BASE, *ADAPTERS[:2], *ADAPTERS[:2]], "two adapters are labelled pt"),
         (["merges/m", *BASE, *ADAPTERS[:2], "--adapter", "sft=adapters/sft"], "sft has no weight"),
-        (["merges/m/config.json", "--manifest"], "--manifest checks a merged folder"),
+        (["merges/m/config.json", "--manifest"], "config.json.json is missing"),
         (["bases/tiny", "--manifest"], "medmerge.json is missing"),
         (["adapters", *BASE, *ADAPTERS], "config.json is missing"),
         (["merges/m", "--base", "adapters/pt", *ADAPTERS], "adapters/pt"),

@@ -67,7 +67,7 @@ def test_exit_codes_and_json(
         ("verify {file}", "needs --base"),
         ("verify {file} --base {base} --adapter pt={pt}:0.3 --adapter sft={sft}", "has no weight"),
         ("verify {bad} --base {base}", "not a usable GGUF"),
-        ("verify {file} --manifest", "is a file"),
+        ("verify {file} --manifest", "json is missing"),
     ],
 )
 def test_wrong_usage(
