@@ -48,7 +48,12 @@ def look_closer(tensor: TensorPlan, block: Block, data: Buffer, largest: float) 
                 raise BadModelError(
                     f"{values.file}: {values.name} holds NaN or infinity", "this file is broken: get it again"
                 )
-    raise BadAdapterError(
+    raise too_large(tensor, largest)
+
+
+def too_large(tensor: TensorPlan, largest: float) -> BadAdapterError:
+    """What to say of a merge whose numbers reach `largest`, which its dtype cannot hold."""
+    return BadAdapterError(
         f"{tensor.target.name}: the merged weights reach {largest:.4g}, more than {tensor.target.dtype} can hold "
         f"({LARGEST[tensor.target.dtype]:.4g})",
         "choose --dtype bfloat16 or float32, or smaller weights",

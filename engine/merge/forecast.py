@@ -21,6 +21,7 @@ import numpy.typing as npt
 from engine.jobs.events import EventWriter
 from engine.merge.blocks import Block, Buffers
 from engine.merge.files import OpenFiles
+from engine.merge.finite import too_large
 from engine.merge.kernel.plain import narrow, widen
 from engine.merge.layout import TensorPlan
 from engine.merge.plan import Plan
@@ -111,7 +112,8 @@ def _ranks(tensor: TensorPlan) -> int:
 def rounding_loss(plan: Plan) -> dict[str, Any]:
     """The sampled forecast described above: expected_weights, rounding_loss, unchanged_share, sampled_elements.
 
-    The first two are None where the method is not linear in the weights.
+    The first two are None where the method is not linear in the weights. Raises BadAdapterError where a sampled
+    number is larger than the output's dtype can hold, as the merge would.
     """
     labels = [entry.label for entry in plan.recipe.entries]
     if plan.recipe.method not in LINEAR:
@@ -133,7 +135,10 @@ def rounding_loss(plan: Plan) -> dict[str, Any]:
                 own = np.empty(block.elements, np.float32)
                 load(part, tensor, files, alone=True).delta(block, data, own)
                 deltas[labels.index(part.label)] += part.weight * own.astype(np.float64)
-            rounded = _round(tensor.base_weight * base + deltas.sum(axis=0), tensor.target.dtype)
+            exact = tensor.base_weight * base + deltas.sum(axis=0)
+            rounded = _round(exact, tensor.target.dtype)
+            if not np.isfinite(rounded).all() and np.isfinite(exact).all():
+                raise too_large(tensor, float(np.abs(exact).max()))
             whole = tensor.source.elements / base.size  # the sample speaks for its whole tensor
             gram += whole * (deltas @ deltas.T)
             rhs += whole * (deltas @ (rounded - tensor.base_weight * base))

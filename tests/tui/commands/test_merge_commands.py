@@ -265,3 +265,12 @@ def test_methods_and_output_kinds_by_flags(filled: Workspace, capsys: pytest.Cap
     assert "leave output.kind out" in capsys.readouterr().err
     assert main(["merge", *FLAGS, "--t", "0.5", "--out", str(filled.merges / "no")]) == 2
     assert "t means nothing to linear" in capsys.readouterr().err
+
+
+def test_plan_says_what_the_dtype_cannot_hold(filled: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights of 1e7 leave float16's range: the plan refuses, in the words of the merge, and no folder is made."""
+    large = ["--base", "bases/tiny", "--adapter", "pt=adapters/pt:1e7", "--dtype", "float16"]
+    for command in ("plan", "merge"):
+        assert main([command, *large, "--out", str(filled.merges / "m")]) == 2
+        assert "more than F16 can hold" in capsys.readouterr().err
+    assert not list(filled.merges.iterdir())
