@@ -45,10 +45,26 @@ async def shoot(workspace: Path, out: Path, size: tuple[int, int], theme: str, o
             await _until(pilot, lambda: not any(w.is_running and w.name != "poll" for w in app.workers))
             app.clear_notifications()
             await pilot.pause(0.5)
-            path = out / f"{number}-{name}.svg"
-            path.write_text(app.export_screenshot(title=f"medmerge-tui: {name}"), encoding="utf-8")
-            made.append(path)
+            made.append(_save(app, out / f"{number}-{name}.svg"))
+        made += await _report(pilot, app, out) if not only or "report" in only else []
     return made
+
+
+async def _report(pilot: Pilot[None], app: MedmergeApp, out: Path) -> list[Path]:
+    """The report of the newest merge that stands, of a linear one if there is one; none where there is no merge."""
+    merges = [row for row in app.overview.merges if not row.rejected] if app.overview else []
+    if not merges:
+        return []
+    linear = [row for row in merges if row.verdict and row.verdict.found]
+    app.show_report((linear or merges)[0].path)
+    await pilot.pause(1.5)
+    return [_save(app, out / "3-report.svg")]
+
+
+def _save(app: MedmergeApp, path: Path) -> Path:
+    name = path.stem.partition("-")[2]
+    path.write_text(app.export_screenshot(title=f"medmerge-tui: {name}"), encoding="utf-8")
+    return path
 
 
 async def _until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
@@ -87,7 +103,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the files")
     parser.add_argument("--size", default="120x36", help="columns x rows")
     parser.add_argument("--theme", default="", help="medmerge-dark or medmerge-light")
-    parser.add_argument("--only", action="append", default=[], choices=[name for name, _ in SCREENS])
+    parser.add_argument(
+        "--only", action="append", default=[], choices=[*(name for name, _ in SCREENS), "report"]
+    )
     parser.add_argument("--no-png", action="store_true")
     args = parser.parse_args()
     columns, rows = (int(part) for part in args.size.split("x"))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tests.tui.fake_backend import BASE, CHOSEN, FULL, MERGE, PT, SFT, TABLE, FakeBackend, job, show, until
 from tui.app import MedmergeApp
-from tui.snapshots import FindingView, JobFeed, VerdictView
+from tui.screens.report import ReportScreen
+from tui.snapshots import FindingView, JobFeed, ModuleView, VerdictView
 from tui.widgets.stream import StreamPane, Turn
 
 EVIL = "\x1b]0;owned\x07\x1b[31m[bold red]x[/]\u202egnp.exe[@click=app.quit]c[/]\x9b5n\r"
@@ -28,8 +29,9 @@ def assert_tame(app: MedmergeApp) -> None:
 
 async def test_names_errors_logs_and_verdicts_are_tame_on_every_screen() -> None:
     bad = VerdictView(
-        False, EVIL, EVIL, {EVIL: 0.3}, {EVIL: 0.3}, {EVIL: 0.1}, findings=(FindingView(EVIL, EVIL, EVIL),)
-    )
+        False, EVIL, EVIL, {EVIL: 0.3}, {EVIL: 0.3}, {EVIL: 0.1}, findings=(FindingView(EVIL, EVIL, EVIL),),
+        warnings=(EVIL,), dtype=EVIL, modules=(ModuleView(EVIL, 1, 1),), loss={EVIL: 0.1},
+    )  # fmt: skip
     view = replace(
         FULL,
         root=f"/ws/{EVIL}",
@@ -57,6 +59,11 @@ async def test_names_errors_logs_and_verdicts_are_tame_on_every_screen() -> None
             assert "[bold red]" in drawn(app) or name in ("chat", "train", "merge"), (
                 f"{name}: markup was read"
             )
+        app.show_report(MERGE.path)
+        await until(pilot, lambda: isinstance(app.screen, ReportScreen))
+        await pilot.pause(0.1)
+        assert_tame(app)
+        assert "[bold red]" in drawn(app)
         assert app.is_running
 
 
