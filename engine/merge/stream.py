@@ -93,7 +93,7 @@ def stream_merge(
         plan: from `make_plan`; offsets, changes and weights are its.
         folder: an existing folder of our own (`.partial`).
         events: progress in bytes written, phase "merge".
-        threads: workers; by default one more than the processors this process may use, as some wait their turn.
+        threads: workers; by default as many as the processors this process may use, and two at least.
         journal: of this folder; what it knows is not done again.
 
     Raises:
@@ -127,7 +127,7 @@ def stream_merge(
 
 
 def default_threads() -> int:
-    return len(os.sched_getaffinity(0)) + 1
+    return max(2, len(os.sched_getaffinity(0)))
 
 
 @dataclass
