@@ -16,6 +16,7 @@ import numpy.typing as npt
 from engine.errors import BadAdapterError, BadModelError
 from engine.gguf.architecture import Architecture
 from engine.gguf.reader import GgufFile, GgufTensor
+from engine.merge.verify import bits
 from engine.merge.verify.deltas import read_deltas, reference
 from engine.merge.verify.files import shortened
 from engine.merge.verify.terms import Loaded, Part, Term
@@ -94,7 +95,7 @@ class Pair:
         """Rows `first : first + count` of the stored tensor (multiples of `unit`); `loaded` is `load()`."""
         base = read_rows(self.source, first, count)
         places = self._places(count, base.shape[1])
-        parts = tuple(delta.block(first, base) for delta in loaded)
+        parts = tuple(delta.block(first, bits.Rows.of(base)) for delta in loaded)
         deltas = np.empty((len(parts), base.size), np.float32)
         for k, part in enumerate(parts):
             flat = part.dense.reshape(-1)

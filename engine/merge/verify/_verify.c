@@ -1,6 +1,6 @@
-/* The verifier's inner loops, apart from the merge's: engine/merge/verify/quick.py calls them by ctypes and holds the
- * same in numpy, which is what they are tested against. They only say which elements equal our own float32
- * result, and gather sums; what is unequal is judged in float64, in Python. bfloat16 alone: other dtypes take numpy.
+/* The verifier's inner loops, apart from the merge's: quick.py and comparison.py call them by ctypes and hold the same
+ * in numpy, which is what they are tested against. They only say which elements equal our own float32 result,
+ * and gather sums; what is unequal is judged in float64, in Python.
  */
 #include <stdint.h>
 #include <string.h>
@@ -15,165 +15,310 @@
 #else
 #define EVERY_PROCESSOR
 #endif
-#define CHUNK 512
-#define MOST 8 /* entries of an election */
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+#define TILE 512 /* elements done at once: what is widened stays in the first cache */
+#define LANES 16
+#define MOST 8 /* entries of a tensor */
 
-static inline float widen(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
+enum { BF16, F16, F32, DELTA, NOTHING }; /* how an entry is given: as stored (its delta is x - w), as delta, or 0 */
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE float number_of(uint32_t bits) {
     float value;
-    memcpy(&value, &wide, 4);
+    memcpy(&value, &bits, 4);
     return value;
 }
 
-static inline uint16_t narrow(float value) { /* to nearest, ties to even; callers have no NaN to keep */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+INLINE float widen_f16(uint16_t half) { /* shifted into place, the exponent is 112 too small, also of subnormals */
+    uint32_t bits = (uint32_t)(half & 0x7FFF) << 13;
+    uint32_t size = bits_of(number_of(bits) * 0x1p112f);
+    size = bits >= 0x0F800000u ? bits | 0x7F800000u : size; /* infinite or NaN */
+    return number_of(size | (uint32_t)(half & 0x8000) << 16);
+}
+
+INLINE void widen(const void *from, const int kind, int64_t start, int64_t n, float *out) {
+    if (kind == BF16)
+        for (int64_t i = 0; i < n; i++) out[i] = number_of((uint32_t)((const uint16_t *)from)[start + i] << 16);
+    else if (kind == F16)
+        for (int64_t i = 0; i < n; i++) out[i] = widen_f16(((const uint16_t *)from)[start + i]);
+    else
+        memcpy(out, (const float *)from + start, (size_t)n * sizeof(float));
+}
+
+/* The delta of an entry at some elements: `out`, or where it lies already. */
+INLINE const float *delta_of(const void *from, const int kind, int64_t start, int64_t n, const float *w, float *out) {
+    if (kind == DELTA) return (const float *)from + start;
+    if (kind == NOTHING) {
+        memset(out, 0, (size_t)n * sizeof(float));
+        return out;
+    }
+    if (kind == BF16)
+        for (int64_t i = 0; i < n; i++)
+            out[i] = number_of((uint32_t)((const uint16_t *)from)[start + i] << 16) - w[i];
+    else if (kind == F16)
+        for (int64_t i = 0; i < n; i++) out[i] = widen_f16(((const uint16_t *)from)[start + i]) - w[i];
+    else
+        for (int64_t i = 0; i < n; i++) out[i] = ((const float *)from)[start + i] - w[i];
+    return out;
+}
+
+/* To nearest, ties to even, as float32. Beyond the largest half the result is no half: it equals nothing stored. */
+INLINE float round_to(float value, const int kind) {
+    uint32_t bits = bits_of(value);
+    if (kind == BF16) return number_of((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u);
+    if (kind == F32) return value;
+    uint32_t size = bits & 0x7FFFFFFF;
+    uint32_t normal = (size + 0xFFF + ((size >> 13) & 1)) & 0xFFFFE000u;
+    uint32_t small = bits_of((number_of(size) + 0.75f) - 0.75f); /* 0.75's last place is 2^-24, the least half */
+    return number_of((size < 0x38800000u ? small : normal) | (bits & 0x80000000u));
 }
 
 /* Our value lies at least two units (2^-24 of it each) inside the bound e on either side, see quick.py: an element
  * that is a rounding of a value so near is right, too. */
-static inline uint8_t differs_from(uint16_t found, float value, uint16_t expected) {
+INLINE uint32_t differs_from(float found, float value, const int kind) {
     float step = value * 0x1p-23f;
-    return (found != expected) & (found != narrow(value - step)) & (found != narrow(value + step));
+    if (kind == F32) {
+        float off = found - value, size = step < 0 ? -step : step;
+        return !((off <= size) & (off >= -size));
+    }
+    return (found != round_to(value, kind)) & (found != round_to(value - step, kind)) &
+           (found != round_to(value + step, kind));
 }
 
-EXPORT int32_t medverify_version(void) { return 1; }
-
-EXPORT EVERY_PROCESSOR void medverify_widen(const uint16_t *bits, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i++) out[i] = widen(bits[i]);
+INLINE double dot(const float *x, const float *y, int64_t n) {
+    float lanes[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) lanes[k] += x[i + k] * y[i + k];
+    double sum = 0;
+    for (; i < n; i++) sum += (double)x[i] * y[i];
+    for (int k = 0; k < LANES; k++) sum += lanes[k];
+    return sum;
 }
 
-/* out = x - w */
-EXPORT EVERY_PROCESSOR void medverify_difference(const uint16_t *x, const float *w, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i++) out[i] = widen(x[i]) - w[i];
+EXPORT int32_t medverify_version(void) { return 2; }
+
+EXPORT EVERY_PROCESSOR void medverify_widen(const uint16_t *bits, int32_t kind, int64_t n, float *out) {
+    if (kind == BF16)
+        widen(bits, BF16, 0, n, out);
+    else
+        widen(bits, F16, 0, n, out);
 }
 
-/* counts: unequal elements, merged == base, expected == base. error = (y - w) - less w - delta; the value is
- * w + less w + delta. */
-EXPORT EVERY_PROCESSOR void medverify_linear(const uint16_t *base, const uint16_t *merged, const float *delta,
-                                             float less, int64_t n, float *error, uint8_t *differs,
-                                             int64_t *counts) {
-    int32_t unequal = 0, same = 0, ideal = 0;
+/* A tile of base and merge against more = value - w: error = (y - w) - more, which elements differ, and counts:
+ * unequal, merged == base, expected == base. */
+INLINE void compare(const float *w, const float *y, const float *more, const int kind, int64_t n, float *error,
+                    uint32_t *differs, int64_t *counts) {
+    uint32_t unequal = 0, same = 0, ideal = 0;
     for (int64_t i = 0; i < n; i++) {
-        float w = widen(base[i]), y = widen(merged[i]);
-        float more = less * w + delta[i];
-        uint16_t expected = narrow(w + more);
-        uint8_t other = differs_from(merged[i], w + more, expected);
-        error[i] = (y - w) - more;
+        float value = w[i] + more[i];
+        uint32_t kept = bits_of(round_to(w[i], kind)), other = differs_from(y[i], value, kind);
+        error[i] = (y[i] - w[i]) - more[i];
         differs[i] = other;
         unequal += other;
-        same += base[i] == merged[i];
-        ideal += base[i] == expected;
+        same += kept == bits_of(y[i]);
+        ideal += kept == bits_of(round_to(value, kind));
     }
-    counts[0] = unequal, counts[1] = same, counts[2] = ideal;
+    counts[0] += unequal, counts[1] += same, counts[2] += ideal;
 }
 
-/* The same for a value computed elsewhere: error = y - value. */
-EXPORT EVERY_PROCESSOR void medverify_compare(const uint16_t *base, const uint16_t *merged, const float *value,
-                                              int64_t n, float *error, uint8_t *differs, int64_t *counts) {
-    int32_t unequal = 0, same = 0, ideal = 0;
-    for (int64_t i = 0; i < n; i++) {
-        uint16_t expected = narrow(value[i]);
-        uint8_t other = differs_from(merged[i], value[i], expected);
-        error[i] = widen(merged[i]) - value[i];
-        differs[i] = other;
-        unequal += other;
-        same += base[i] == merged[i];
-        ideal += base[i] == expected;
-    }
-    counts[0] = unequal, counts[1] = same, counts[2] = ideal;
+INLINE void compare_as(int kind, const float *w, const float *y, const float *more, int64_t n, float *error,
+                       uint32_t *differs, int64_t *counts) {
+    if (kind == BF16)
+        compare(w, y, more, BF16, n, error, differs, counts);
+    else if (kind == F16)
+        compare(w, y, more, F16, n, error, differs, counts);
+    else
+        compare(w, y, more, F32, n, error, differs, counts);
 }
 
-/* out = share w + sum of a[k] d_k, of those elements that `kept` (one mask for each, or null) says. */
-EXPORT EVERY_PROCESSOR void medverify_combine(const float *w, float share, const float *const *d, const float *a,
-                                              const uint8_t *const *kept, int64_t entries, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i++) out[i] = share * w[i];
+/* For measure.py: the value is w + delta; the error and which elements differ are wanted of all of them. */
+EXPORT EVERY_PROCESSOR void medverify_linear(const void *base, int32_t base_kind, const void *merged,
+                                             int32_t merged_kind, const float *delta, int64_t n, float *error,
+                                             uint8_t *differs, int64_t *counts) {
+    float w[TILE], y[TILE];
+    uint32_t other[TILE];
+    for (int64_t first = 0; first < n; first += TILE) {
+        int64_t count = n - first < TILE ? n - first : TILE;
+        widen(base, base_kind, first, count, w);
+        widen(merged, merged_kind, first, count, y);
+        compare_as(merged_kind, w, y, delta + first, count, error + first, other, counts);
+        for (int64_t i = 0; i < count; i++) differs[first + i] = (uint8_t)other[i];
+    }
+}
+
+/* more = less w + sum of a[k] d_k, of those elements that `kept` (one mask for each, or null) says. */
+INLINE void add_up(const float *w, const float *const *d, const uint8_t *const *kept, int64_t entries, int64_t first,
+                   int64_t n, float less, const float *a, float *more) {
+    for (int64_t i = 0; i < n; i++) more[i] = less * w[i];
     for (int64_t k = 0; k < entries; k++) {
         const float *x = d[k];
         float by = a[k];
         if (kept) {
-            const uint8_t *mask = kept[k];
-            for (int64_t i = 0; i < n; i++) out[i] += mask[i] ? by * x[i] : 0;
+            const uint8_t *mask = kept[k] + first;
+            for (int64_t i = 0; i < n; i++) more[i] += number_of(bits_of(by * x[i]) & -(uint32_t)mask[i]);
         } else {
-            for (int64_t i = 0; i < n; i++) out[i] += by * x[i];
+            for (int64_t i = 0; i < n; i++) more[i] += by * x[i];
         }
     }
 }
 
-/* Sign election: out = w + lam * sum of agreeing weights[k] d_k (divided by the sum of their own[k]).
- * d_k counts where |d_k| >= limits[k], and where kept (entries * n, or null) says so. */
-EXPORT EVERY_PROCESSOR void medverify_elect(const float *const *d, int64_t entries, int64_t n, const float *base,
-                                            const float *weights, const float *own, const float *limits,
-                                            const uint8_t *const *kept, int32_t normalize, float lam, float *out) {
-    float part[MOST][CHUNK], sum[CHUNK], total[CHUNK], divisor[CHUNK];
-    for (int64_t first = 0; first < n; first += CHUNK) {
-        int64_t count = n - first < CHUNK ? n - first : CHUNK;
-        for (int64_t i = 0; i < count; i++) sum[i] = total[i] = divisor[i] = 0;
+/* more = lam * sum of the agreeing a[k] d_k (divided by the sum of their own[k]); d_k counts where
+ * |d_k| >= limits[k], and where kept says so. */
+INLINE void elect(const float *const *d, const uint8_t *const *kept, int64_t entries, int64_t first, int64_t n,
+                  const float *a, const float *own, const float *limits, int normalize, float lam, float *more) {
+    float part[MOST][TILE], sum[TILE], total[TILE], divisor[TILE];
+    memset(sum, 0, sizeof sum);
+    for (int64_t k = 0; k < entries; k++) {
+        const float *x = d[k];
+        float by = a[k], limit = limits[k];
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t stays = -(uint32_t)(number_of(bits_of(x[i]) & 0x7FFFFFFF) >= limit);
+            part[k][i] = number_of(bits_of(by * x[i]) & stays);
+        }
+        if (kept) {
+            const uint8_t *mask = kept[k] + first;
+            for (int64_t i = 0; i < n; i++) part[k][i] = number_of(bits_of(part[k][i]) & -(uint32_t)mask[i]);
+        }
+        for (int64_t i = 0; i < n; i++) sum[i] += part[k][i];
+    }
+    memset(total, 0, sizeof total);
+    memset(divisor, 0, sizeof divisor);
+    for (int64_t k = 0; k < entries; k++) {
+        const float *x = part[k];
+        float weight = own[k];
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t up = sum[i] >= 0, agrees = -((up & (x[i] > 0)) | (~up & 1 & (x[i] < 0)));
+            total[i] += number_of(bits_of(x[i]) & agrees);
+            divisor[i] += number_of(bits_of(weight) & agrees);
+        }
+    }
+    if (normalize) {
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t none = -(uint32_t)(number_of(bits_of(divisor[i]) & 0x7FFFFFFF) < 1e-8f);
+            divisor[i] = number_of((bits_of(divisor[i]) & ~none) | (bits_of(1.0f) & none));
+        }
+        for (int64_t i = 0; i < n; i++) total[i] /= divisor[i];
+    }
+    for (int64_t i = 0; i < n; i++) more[i] = lam * total[i];
+}
+
+/* One block of a tensor against what was asked of it (comparison.py): `limits` null adds up, else elects.
+ * Returns how many elements differ; their positions go to `where`, their errors to `errors`.
+ * sums: E.E, and where `linear` E.d_k (entries) and d_k.d_m (entries x entries, m <= k). */
+EXPORT EVERY_PROCESSOR int64_t medverify_compare(const void *base, int32_t base_kind, const void *merged,
+                                                 int32_t merged_kind, const void *const *from, const int32_t *kinds,
+                                                 const uint8_t *const *kept, int64_t entries, int64_t n, float less,
+                                                 const float *a, const float *own, const float *limits,
+                                                 int32_t normalize, float lam, int32_t linear, double *sums,
+                                                 int64_t *counts, int32_t *where, float *errors) {
+    float w[TILE], y[TILE], room[MOST][TILE], more[TILE], error[TILE];
+    uint32_t differs[TILE];
+    const float *d[MOST];
+    int64_t found = 0;
+    for (int64_t first = 0; first < n; first += TILE) {
+        int64_t count = n - first < TILE ? n - first : TILE, before = counts[0];
+        widen(base, base_kind, first, count, w);
+        widen(merged, merged_kind, first, count, y);
+        for (int64_t k = 0; k < entries; k++) d[k] = delta_of(from[k], kinds[k], first, count, w, room[k]);
+        if (limits)
+            elect(d, kept, entries, first, count, a, own, limits, normalize, lam, more);
+        else
+            add_up(w, d, kept, entries, first, count, less, a, more);
+        compare_as(merged_kind, w, y, more, count, error, differs, counts);
+        sums[0] += dot(error, error, count);
+        for (int64_t k = 0; linear && k < entries; k++) {
+            sums[1 + k] += dot(error, d[k], count);
+            for (int64_t m = 0; m <= k; m++) sums[1 + entries + k * entries + m] += dot(d[k], d[m], count);
+        }
+        for (int64_t i = 0; counts[0] > before && i < count; i++)
+            if (differs[i]) where[found] = (int32_t)(first + i), errors[found++] = error[i];
+    }
+    return found;
+}
+
+/* counts (entries x 32768): how many |d_k| have each value of their upper 16 bits. Four tables, so that equal
+ * neighbours do not wait for each other. */
+EXPORT EVERY_PROCESSOR void medverify_sizes(const void *base, int32_t base_kind, const void *const *from,
+                                            const int32_t *kinds, int64_t entries, int64_t n, int64_t *counts,
+                                            uint32_t *scratch) {
+    float w[TILE], room[TILE];
+    uint16_t upper[TILE];
+    for (int64_t k = 0; k < entries; k++) {
+        memset(scratch, 0, 4 * 32768 * sizeof(uint32_t));
+        for (int64_t first = 0; first < n; first += TILE) {
+            int64_t count = n - first < TILE ? n - first : TILE, i = 0;
+            widen(base, base_kind, first, count, w);
+            const float *d = delta_of(from[k], kinds[k], first, count, w, room);
+            for (int64_t j = 0; j < count; j++) upper[j] = (uint16_t)((bits_of(d[j]) & 0x7FFFFFFF) >> 16);
+            for (; i + 4 <= count; i += 4)
+                for (int table = 0; table < 4; table++) scratch[table * 32768 + upper[i + table]]++;
+            for (; i < count; i++) scratch[upper[i]]++;
+        }
+        for (int table = 0; table < 4; table++)
+            for (int j = 0; j < 32768; j++) counts[k * 32768 + j] += scratch[table * 32768 + j];
+    }
+}
+
+/* counts (entries x 65536): the lower 16 bits of those |d_k| whose upper 16 are upper[k] (-1: none of them). */
+EXPORT EVERY_PROCESSOR void medverify_sizes_within(const void *base, int32_t base_kind, const void *const *from,
+                                                   const int32_t *kinds, int64_t entries, int64_t n,
+                                                   const int32_t *upper, int64_t *counts) {
+    float w[TILE], room[TILE];
+    for (int64_t first = 0; first < n; first += TILE) {
+        int64_t count = n - first < TILE ? n - first : TILE;
+        widen(base, base_kind, first, count, w);
         for (int64_t k = 0; k < entries; k++) {
-            const float *x = d[k] + first;
-            float weight = weights[k], limit = limits[k];
-            for (int64_t i = 0; i < count; i++) {
-                float size = x[i] < 0 ? -x[i] : x[i];
-                part[k][i] = size >= limit ? weight * x[i] : 0;
+            if (upper[k] < 0) continue;
+            const float *d = delta_of(from[k], kinds[k], first, count, w, room);
+            int64_t *own = counts + k * 65536;
+            uint32_t wanted = (uint32_t)upper[k];
+            int64_t i = 0;
+            for (; i + LANES <= count; i += LANES) {
+                uint32_t any = 0;
+                for (int j = 0; j < LANES; j++) any |= (bits_of(d[i + j]) & 0x7FFFFFFF) >> 16 == wanted;
+                if (!any) continue;
+                for (int j = 0; j < LANES; j++) {
+                    uint32_t size = bits_of(d[i + j]) & 0x7FFFFFFF;
+                    if (size >> 16 == wanted) own[size & 0xFFFF]++;
+                }
             }
-            if (kept) {
-                const uint8_t *mask = kept[k] + first;
-                for (int64_t i = 0; i < count; i++) part[k][i] = mask[i] ? part[k][i] : 0;
+            for (; i < count; i++) {
+                uint32_t size = bits_of(d[i]) & 0x7FFFFFFF;
+                if (size >> 16 == wanted) own[size & 0xFFFF]++;
             }
-            for (int64_t i = 0; i < count; i++) sum[i] += part[k][i];
-        }
-        for (int64_t k = 0; k < entries; k++) {
-            float weight = own[k];
-            for (int64_t i = 0; i < count; i++) {
-                float signed_part = sum[i] >= 0 ? part[k][i] : -part[k][i];
-                total[i] += signed_part > 0 ? part[k][i] : 0;
-                divisor[i] += signed_part > 0 ? weight : 0;
-            }
-        }
-        for (int64_t i = 0; i < count; i++) {
-            float size = divisor[i] < 0 ? -divisor[i] : divisor[i];
-            float by = normalize && !(size < 1e-8f) ? divisor[i] : 1;
-            out[first + i] = base[first + i] + lam * (total[i] / by);
         }
     }
 }
 
-/* counts (32768): how many |d| have each value of the upper 16 bits. Four tables, so that equal neighbours do not
- * wait for each other. */
-EXPORT void medverify_sizes(const float *d, int64_t n, int64_t *counts, uint32_t *scratch) {
-    const uint32_t *bits = (const uint32_t *)d;
-    int64_t i = 0;
-    memset(scratch, 0, 4 * 32768 * sizeof(uint32_t));
-    for (; i + 4 <= n; i += 4)
-        for (int k = 0; k < 4; k++) scratch[k * 32768 + ((bits[i + k] & 0x7FFFFFFF) >> 16)]++;
-    for (; i < n; i++) scratch[(bits[i] & 0x7FFFFFFF) >> 16]++;
-    for (int k = 0; k < 4; k++)
-        for (int j = 0; j < 32768; j++) counts[j] += scratch[k * 32768 + j];
-}
-
-/* counts (65536): the lower 16 bits of those |d| whose upper 16 are `upper`. */
-EXPORT void medverify_sizes_within(const float *d, int64_t n, uint32_t upper, int64_t *counts) {
-    const uint32_t *bits = (const uint32_t *)d;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t size = bits[i] & 0x7FFFFFFF;
-        if (size >> 16 == upper) counts[size & 0xFFFF]++;
-    }
-}
-
-/* P.Q, P.P and Q.Q of P = w + a x and Q = w + b z, float64. */
-EXPORT EVERY_PROCESSOR void medverify_dots(const float *w, const float *x, const float *z, float a, float b,
-                                           int64_t n, double *sums) {
+/* P.Q, P.P and Q.Q of P = w + a[0] d_1 and Q = w + a[1] d_2, float64. */
+EXPORT EVERY_PROCESSOR void medverify_dots(const void *base, int32_t base_kind, const void *const *from,
+                                           const int32_t *kinds, const float *a, int64_t n, double *sums) {
+    float w[TILE], p[TILE], q[TILE];
     double pq[8] = {0}, pp[8] = {0}, qq[8] = {0};
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        for (int k = 0; k < 8; k++) {
-            float p = w[i + k] + a * x[i + k], q = w[i + k] + b * z[i + k];
-            pq[k] += (double)p * q, pp[k] += (double)p * p, qq[k] += (double)q * q;
-        }
-    for (; i < n; i++) {
-        float p = w[i] + a * x[i], q = w[i] + b * z[i];
-        pq[0] += (double)p * q, pp[0] += (double)p * p, qq[0] += (double)q * q;
+    for (int64_t first = 0; first < n; first += TILE) {
+        int64_t count = n - first < TILE ? n - first : TILE, i = 0;
+        widen(base, base_kind, first, count, w);
+        const float *x = delta_of(from[0], kinds[0], first, count, w, p);
+        for (int64_t j = 0; j < count; j++) p[j] = w[j] + a[0] * x[j];
+        x = delta_of(from[1], kinds[1], first, count, w, q);
+        for (int64_t j = 0; j < count; j++) q[j] = w[j] + a[1] * x[j];
+        for (; i + 8 <= count; i += 8)
+            for (int k = 0; k < 8; k++) {
+                double one = p[i + k], two = q[i + k];
+                pq[k] += one * two, pp[k] += one * one, qq[k] += two * two;
+            }
+        for (; i < count; i++)
+            pq[0] += (double)p[i] * q[i], pp[0] += (double)p[i] * p[i], qq[0] += (double)q[i] * q[i];
     }
     for (int k = 0; k < 8; k++) sums[0] += pq[k], sums[1] += pp[k], sums[2] += qq[k];
 }

@@ -1,9 +1,9 @@
 """One tensor of a merge, measured by dense deltas: any method, any kind of change, adapters or models.
 
 The same two questions as measure.py, which stays the quick way for linear merges of plain LoRA. An element that
-equals our own float32 result, rounded, is right; the others are judged in float64 by the values and bounds of
-formulas.py. For methods that are linear in the weights the sums of a least-squares fit are dot products with the
-dense deltas, <E, d_k> and <d_k, d_l>, E = merge - what was asked.
+equals our own float32 result, rounded, is right (comparison.py); the others are judged in float64 by the values and
+bounds of formulas.py. For methods that are linear in the weights the sums of a least-squares fit are dot products
+with the dense deltas, <E, d_k> and <d_k, d_l>, E = merge - what was asked.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from engine.merge.verify.asked import LINEAR
-from engine.merge.verify.bits import BLOCK_ELEMENTS, raw_rows, widen_bits
+from engine.merge.verify.bits import BLOCK_ELEMENTS, Rows
+from engine.merge.verify.comparison import compare
 from engine.merge.verify.formulas import Block, Elements, Formula, NewRows, Task, make_formula
-from engine.merge.verify.quick import Compared, combine, compare, linear, rounded
-from engine.merge.verify.rounding import Array, Float32Array, Float64Array, round_to
+from engine.merge.verify.rounding import Array, Float64Array, round_to
 from engine.merge.verify.stats import TensorStats
 from engine.merge.verify.terms import Loaded, Part
-from engine.merge.verify.whole import Absent
+from engine.merge.verify.whole import Absent, Nothing, Whole
 
 _JUDGED = 1 << 14  # elements judged at once
+_READ_ELEMENTS = 1 << 18  # where nothing is computed, only read
 
 
 def measure_dense(task: Task, judge: bool = True) -> TensorStats:
@@ -48,37 +49,35 @@ def measure_dense(task: Task, judge: bool = True) -> TensorStats:
         ideal=np.zeros(count),
     )
     roundings = [term.roundings for term in loaded]
-    columns = max(1, task.merged.columns)
     for block in blocks_of(task, loaded):
-        rows = block.base.size // columns
-        raw = raw_rows(task.merged, block.start // columns, rows)
-        _measure_block(stats, task, formula, roundings, block, raw, judge)
+        merged = Rows.read(task.merged, block.start // block.base.columns, len(block.base))
+        _measure_block(stats, task, formula, roundings, block, merged, judge)
     for formula, block in new_rows(task, loaded):
-        raw = raw_rows(task.merged, block.start // columns, block.base.size // columns)
-        _measure_block(stats, task, formula, roundings, block, raw, judge, new=True)
+        merged = Rows.read(task.merged, block.start // block.base.columns, len(block.base))
+        _measure_block(stats, task, formula, roundings, block, merged, judge, new=True)
     return stats
 
 
 def blocks_of(task: Task, loaded: Sequence[Loaded]) -> Iterator[Block]:
     """The base's rows from the first to the last, in blocks that fit the processor's cache."""
     rows, columns = task.base.rows, max(1, task.base.columns)
-    step = max(1, BLOCK_ELEMENTS // columns)
+    read = all(isinstance(term, Whole | Nothing) for term in task.terms)
+    step = max(1, (_READ_ELEMENTS if read else BLOCK_ELEMENTS) // columns)
     for first in range(0, rows, step):
-        bits = raw_rows(task.base, first, min(step, rows - first))
-        base = widen_bits(bits, task.base.dtype).reshape(-1, columns)
-        yield Block(first * columns, base.reshape(-1), [t.block(first, base) for t in loaded], bits=bits)
+        base = Rows.read(task.base, first, min(step, rows - first))
+        yield Block(first * columns, base, [term.block(first, base) for term in loaded])
 
 
 def new_rows(task: Task, loaded: Sequence[Loaded]) -> Iterator[tuple[NewRows, Block]]:
     """Rows that the merge has and the base has not, one by one (there are few), with who brings each."""
     columns = task.base.columns
-    base = np.zeros((1, columns), np.float32)
+    base = Rows.of(np.zeros((1, columns), np.float32))
     for row in range(task.base.rows, task.merged.rows):
         there = [k for k, term in enumerate(task.terms) if term.shape[0] > row]
         parts: list[Part] = [
             term.block(row, base) if k in there else Absent(base) for k, term in enumerate(loaded)
         ]
-        yield NewRows(task, there), Block(row * columns, base.reshape(-1), parts)
+        yield NewRows(task, there), Block(row * columns, base, parts)
 
 
 def _measure_block(
@@ -87,84 +86,25 @@ def _measure_block(
     formula: Formula,
     roundings: Sequence[int],
     block: Block,
-    raw: Array,
+    merged: Rows,
     judge: bool,
     new: bool = False,
 ) -> None:
     """Add one block to `stats`. `new`: rows the base has not, which say nothing about weights."""
-    compared = _linear(stats, task, block, raw) if stats.linear and not new else None
-    ready = compared is not None
-    if compared is None:
-        compared = _compare(stats, task.base.dtype, block, raw, formula.value32(block))
-    merged = block.base
-    if compared.unequal or (stats.linear and not ready):
-        merged = widen_bits(raw, stats.dtype)
-    stats.unchanged += compared.unchanged
-    stats.ideal_unchanged += compared.ideal_unchanged
-    error = compared.error
-    with np.errstate(invalid="ignore", over="ignore"):
-        if (
-            stats.linear and not new and not ready
-        ):  # what float32 would lose of a small delta beside a large W stays
-            error = merged - block.base
-            if stats.base_share != 1.0:
-                error -= np.float32(stats.base_share - 1.0) * block.base
-            for a, delta in zip(stats.asked, block.deltas, strict=True):
-                error -= np.float32(a) * delta
-        square = float(np.dot(error, error))
-    if not np.isfinite(square):
-        bad = ~np.isfinite(error)
-        stats.not_finite += int(np.count_nonzero(bad))
-        error[bad] = 0.0
-        square = float(np.sum(np.square(error, dtype=np.float64)))
-    stats.found_square += square
-    stats.ideal_square += square
-    if stats.linear and not new:
-        _add_sums(stats, block, error)
-    if not judge or not compared.unequal:
-        return
-    where = np.flatnonzero(compared.differs)
-    for start in range(0, where.size, _JUDGED):
-        _judge(stats, task, formula, roundings, block, merged, error, where[start : start + _JUDGED])
-
-
-def _linear(stats: TensorStats, task: Task, block: Block, raw: Array) -> Compared | None:
-    """The comparison and E in one pass, where base and merge are BF16 and the loops are compiled."""
-    if block.bits is None or not task.base.dtype == stats.dtype == "BF16":
-        return None
-    change = combine(block.base, 0.0, block.deltas, stats.asked)
-    return linear(block.bits, raw, change, stats.base_share - 1.0, np.empty_like(change))
-
-
-def _compare(stats: TensorStats, base_dtype: str, block: Block, raw: Array, wanted: Float32Array) -> Compared:
-    """Which elements are not `wanted` rounded to the merge's dtype."""
-    if block.bits is not None and base_dtype == stats.dtype == "BF16":
-        quick = compare(block.bits, raw, wanted)
-        if quick is not None:
-            return quick
-    expected, kept = rounded(wanted, stats.dtype), rounded(block.base, stats.dtype)
-    differs = expected != raw
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = widen_bits(raw, stats.dtype) - wanted
-    return Compared(
-        error,
-        differs,
-        int(np.count_nonzero(differs)),
-        int(np.count_nonzero(kept == raw)),
-        int(np.count_nonzero(kept == expected)),
-    )
-
-
-def _add_sums(stats: TensorStats, block: Block, error: Float32Array) -> None:
-    for k, delta in enumerate(block.deltas):
-        against = float(np.dot(error, delta))
-        stats.found[k] += against
-        stats.ideal[k] += against
-        for m in range(k + 1):
-            product = float(np.dot(delta, block.deltas[m]))
-            stats.gram[k, m] += product
-            if m != k:
-                stats.gram[m, k] += product
+    fitted = stats.linear and not new
+    found = compare(block.base.source, merged.source, block.sources, formula.wanted(block), fitted)
+    stats.unchanged += found.unchanged
+    stats.ideal_unchanged += found.ideal_unchanged
+    stats.not_finite += found.not_finite
+    stats.found_square += found.square
+    stats.ideal_square += found.square
+    if fitted:
+        stats.found += found.against
+        stats.ideal += found.against
+        stats.gram += found.gram
+    for start in range(0, found.where.size if judge else 0, _JUDGED):
+        part = slice(start, start + _JUDGED)
+        _judge(stats, task, formula, roundings, block, merged, found.error[part], found.where[part])
 
 
 def _judge(
@@ -173,19 +113,21 @@ def _judge(
     formula: Formula,
     roundings: Sequence[int],
     block: Block,
-    merged: Float32Array,
-    error: Float32Array,
+    merged: Rows,
+    error: Float64Array,
     where: Array,
 ) -> None:
-    """Judge the elements at flat positions `where` in float64, and move the ideal sums to the right values."""
+    """Judge the elements at flat positions `where` in float64, and move the ideal sums to the right values.
+
+    `error` is E there.
+    """
     at = Elements.of(block, where, roundings)
-    found = merged[where].astype(np.float64)
+    found = merged.at(where)
     finite = np.isfinite(found)
     plain = next(formula.ways(block, at))
     right = round_to(plain.value, stats.dtype)
     change = np.where(finite, right - found, 0.0)
-    before = error[where].astype(np.float64)
-    stats.ideal_square += float(np.sum((before + change) ** 2 - before**2))
+    stats.ideal_square += float(np.sum((error + change) ** 2 - error**2))
     if stats.linear and not isinstance(formula, NewRows):
         stats.ideal += at.deltas @ change
     low, high = _interval(plain.value, plain.bound, stats.dtype)

@@ -24,9 +24,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.merge.verify.asked import LINEAR
+from engine.merge.verify.bits import Rows
+from engine.merge.verify.comparison import Election, Wanted
 from engine.merge.verify.draws import Draws
-from engine.merge.verify.quick import combine, dots, elect
-from engine.merge.verify.rounding import Array, Float32Array, Float64Array
+from engine.merge.verify.quick import Source, dots
+from engine.merge.verify.rounding import Array, Float64Array
 from engine.merge.verify.stats import UNIT
 from engine.merge.verify.terms import Loaded, Part, Term
 from engine.merge.verify.threshold import Sizes
@@ -72,17 +74,16 @@ class Task:
 
 @dataclass
 class Block:
-    """Some rows: the base's values, every term's change, and what the formula keeps for itself."""
+    """Some rows: the base's own, every term's change, and what the formula keeps for itself."""
 
     start: int  # flat position of the first element in the tensor
-    base: Float32Array  # flat
+    base: Rows
     parts: Sequence[Part]
     kept: list[Array] = field(default_factory=list)
-    bits: Array | None = None  # of the base as stored
 
     @property
-    def deltas(self) -> list[Float32Array]:
-        return [part.dense.reshape(-1) for part in self.parts]
+    def sources(self) -> list[Source]:
+        return [part.source for part in self.parts]
 
 
 Blocks = Callable[[], Iterator[Block]]  # the whole tensor, block by block, as often as it is called
@@ -103,7 +104,7 @@ class Elements:
         shape = (len(pairs), where.size)
         return cls(
             where,
-            block.base[where].astype(np.float64),
+            block.base.at(where),
             np.array([delta for delta, _ in pairs]).reshape(shape),
             np.array([n * UNIT * size for n, (_, size) in zip(roundings, pairs, strict=True)]).reshape(shape),
         )
@@ -119,7 +120,10 @@ class Way:
 
 
 class Formula(Protocol):
-    def value32(self, block: Block) -> Float32Array: ...
+    def wanted(self, block: Block) -> Wanted:
+        """What the loops compute of a block in float32."""
+        ...
+
     def ways(self, block: Block, at: Elements) -> Iterator[Way]: ...
 
 
@@ -141,9 +145,9 @@ class Linear:
         if draws and task.rescale:
             self.coefficients = self.coefficients / np.where(task.densities > 0, task.densities, 1.0)
 
-    def value32(self, block: Block) -> Float32Array:
+    def wanted(self, block: Block) -> Wanted:
         _drop(block, self.draws, self.task)
-        return combine(block.base, self.task.base_share, block.deltas, self.coefficients, block.kept)
+        return Wanted(self.coefficients, self.task.base_share - 1.0, block.kept)
 
     def ways(self, block: Block, at: Elements) -> Iterator[Way]:
         deltas = at.deltas
@@ -163,11 +167,8 @@ class NewRows:
         total = float(chosen.sum())
         self.shares = chosen / (total if abs(total) >= NO_WEIGHT else 1.0)
 
-    def value32(self, block: Block) -> Float32Array:
-        total = np.zeros_like(block.base)
-        for share, delta in zip(self.shares, block.deltas, strict=True):
-            total += np.float32(share) * delta
-        return total
+    def wanted(self, block: Block) -> Wanted:
+        return Wanted(self.shares)  # W is 0 there
 
     def ways(self, block: Block, at: Elements) -> Iterator[Way]:
         shares = self.shares[:, None]
@@ -182,7 +183,8 @@ class Slerp:
         self.w = task.weights
         sums = np.zeros(3)
         for block in blocks():
-            sums += dots(block.base, block.deltas[0], block.deltas[1], float(self.w[0]), float(self.w[1]))
+            one, two = block.sources
+            sums += dots(block.base.source, one, two, float(self.w[0]), float(self.w[1]))
         self.norms = math.sqrt(sums[1]) * math.sqrt(sums[2])
         dot = float(sums[0])
         self.cosine = dot / self.norms if self.norms else 1.0
@@ -234,9 +236,9 @@ class Slerp:
         other.spread = max(self.spread, *(max(abs(s[0] - one), abs(s[1] - two)) for s in shares))
         return other
 
-    def value32(self, block: Block) -> Float32Array:
+    def wanted(self, block: Block) -> Wanted:
         one, two, _ = self.choices[0]
-        return combine(block.base, one + two, block.deltas, np.array([one, two]) * self.w)
+        return Wanted(np.array([one, two]) * self.w, one + two - 1.0)
 
     def ways(self, block: Block, at: Elements) -> Iterator[Way]:
         p, q = self._ends(at.base, at.deltas)
@@ -264,13 +266,12 @@ class Elect:
         if draws and task.rescale:
             self.weights = self.weights / np.where(task.densities > 0, task.densities, 1.0)
 
-    def value32(self, block: Block) -> Float32Array:
-        _drop(block, self.draws, self.task)
-        limits = self.thresholds or [0.0] * len(block.parts)
+    def wanted(self, block: Block) -> Wanted:
         task = self.task
-        return elect(
-            block.base, block.deltas, self.weights, task.weights, limits, block.kept, task.normalize, task.lam
-        )
+        _drop(block, self.draws, task)
+        limits = self.thresholds or [0.0] * len(block.parts)
+        election = Election(task.weights, limits, task.normalize, task.lam)
+        return Wanted(self.weights, 0.0, block.kept, election)
 
     def ways(self, block: Block, at: Elements) -> Iterator[Way]:
         w, own = self.weights[:, None], self.task.weights[:, None]
@@ -339,7 +340,7 @@ def make_formula(task: Task, loaded: Sequence[Loaded], blocks: Blocks) -> Formul
     if task.method == "slerp":
         return Slerp(task, loaded, blocks)
     if task.method == "ties":
-        sizes = Sizes(lambda: (block.deltas for block in blocks()), len(loaded))
+        sizes = Sizes(lambda: ((block.base.source, block.sources) for block in blocks()), len(loaded))
         thresholds = sizes.thresholds(task.densities.tolist())
         return Elect(task, loaded, thresholds)
     if task.method.startswith("dare"):

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from engine.merge.verify.asked import LINEAR
-from engine.merge.verify.bits import raw_rows, read_block, widen_bits
+from engine.merge.verify.bits import Rows, raw_rows, read_block, widen_bits
 from engine.merge.verify.dense import blocks_of
 from engine.merge.verify.draws import Draws
 from engine.merge.verify.formulas import Block, Elect, Elements, Formula, Linear, Slerp, Task
@@ -147,7 +147,7 @@ class _Rows:
         for block, at, found in self.blocks:
             block.kept = []
             formula = self._formula(hypothesis.task)
-            formula.value32(block)  # draws its masks
+            formula.wanted(block)  # draws its masks
             way = next(formula.ways(block, at))
             value, bound = way.value, way.bound
             if hypothesis.early:
@@ -179,14 +179,16 @@ def _rows(task: Task, stats: TensorStats) -> _Rows:
         starts.add(min(stats.first_wrong[0], rows - count))
     blocks = []
     for first in sorted(starts):
-        base = read_block(task.base, first, count)
-        block = Block(first * columns, base.reshape(-1), [term.block(first, base) for term in loaded])
+        base = Rows.of(read_block(task.base, first, count))
+        block = Block(first * columns, base, [term.block(first, base) for term in loaded])
         found = widen_bits(raw_rows(task.merged, first, count), task.merged.dtype).astype(np.float64)
         everywhere: Array = np.arange(block.base.size)
         blocks.append((block, Elements.of(block, everywhere, [t.roundings for t in loaded]), found))
     sizes = None
     if task.method not in ("slerp", *LINEAR):
-        sizes = Sizes(lambda: (block.deltas for block in blocks_of(task, loaded)), len(loaded))
+        sizes = Sizes(
+            lambda: ((block.base.source, block.sources) for block in blocks_of(task, loaded)), len(loaded)
+        )
     arc = Slerp(task, loaded, lambda: blocks_of(task, loaded)) if task.method == "slerp" else None
     return _Rows(task, loaded, blocks, sizes, arc)
 
@@ -219,8 +221,8 @@ def _starts(task: Task) -> range:
 def _right(formula: Formula, task: Task, loaded: Sequence[Loaded], first: int) -> bool:
     """Whether every element of some rows lies within the formula's bound."""
     count = min(_step(task), task.base.rows - first)
-    base = read_block(task.base, first, count)
-    block = Block(first * task.base.columns, base.reshape(-1), [term.block(first, base) for term in loaded])
+    base = Rows.read(task.base, first, count)
+    block = Block(first * task.base.columns, base, [term.block(first, base) for term in loaded])
     found = widen_bits(raw_rows(task.merged, first, count), task.merged.dtype).astype(np.float64)
     at = Elements.of(block, np.arange(block.base.size), [term.roundings for term in loaded])
     way = next(formula.ways(block, at))

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.merge.verify.bits import BLOCK_ELEMENTS, raw_rows, widen_bits
-from engine.merge.verify.quick import Compared, linear
+from engine.merge.verify.quick import STORED, Compared, Source, linear
 from engine.merge.verify.rounding import FORMATS, Array, Float32Array, Float64Array, fast_bits, round_to
 from engine.merge.verify.stats import UNIT, FactorSums, TensorStats
 from engine.merge.verify.terms import Delta
@@ -171,8 +171,8 @@ def _measure_block(
     count, columns = error.shape
     delta = (factors.scaled_left[first : first + count] @ factors.right).reshape(-1)
     flat = error.reshape(-1)
-    both = base_dtype == stats.dtype == "BF16"
-    compared = linear(base_raw, merged_raw, delta, 0.0, flat) if both else None
+    ours, theirs = Source(base_raw, STORED[base_dtype]), Source(merged_raw, STORED[stats.dtype])
+    compared = linear(ours, theirs, delta, flat)
     if compared is None:
         compared = _compare(base_dtype, base_raw, merged_raw, delta, stats.dtype, flat)
     differing, same = compared.unequal, compared.unchanged

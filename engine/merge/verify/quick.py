@@ -1,10 +1,10 @@
 """The inner loops of a measurement: compiled (_verify.c) where an install could build it, else numpy.
 
-Both find which elements equal our own float32 result, rounded; neither decides that an element is wrong. The
+They find which elements equal our own float32 result, rounded; none decides that an element is wrong. The
 compiled loops also let pass a rounding of a value two units (2^-24 of it each) away: our sums of K terms are within
 K + 6 units of v, those of R ranks within R + 3, and the bounds e of formulas.py and measure.py are at least two units
 wider. What hangs on a tie then needs no float64. The environment variable MEDMERGE_KERNEL=plain asks for numpy. The
-code is the verifier's own: it shares nothing with the merge's kernel.
+code is the verifier's own: it shares nothing with the merge's kernel. comparison.py holds the largest of the loops.
 """
 
 from __future__ import annotations
@@ -22,9 +22,37 @@ import numpy as np
 
 from engine.merge.verify.rounding import Array, Float32Array, Float64Array, fast_bits
 
-VERSION = 1
-_MOST = 8  # entries of a compiled election
-_P, _I, _L, _F, _U = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_uint64
+VERSION = 2
+MOST = 8  # entries the compiled loops take
+STORED = {"BF16": 0, "F16": 1, "F32": 2}
+DELTA, NOTHING = 3, 4
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the loops read, flat: bits of a stored tensor (its delta is x - W), float32 deltas, or no change."""
+
+    values: Array
+    kind: int
+
+    def delta(self, base: Float32Array) -> Float32Array:
+        """The change of W (float32, flat), in numpy."""
+        if self.kind == DELTA:
+            return np.asarray(self.values)
+        if self.kind == NOTHING:
+            return np.zeros_like(base)
+        return np.asarray(self.widened() - base)
+
+    def widened(self) -> Float32Array:
+        """Stored bits as float32, in numpy."""
+        if self.kind == STORED["BF16"]:
+            return np.asarray((self.values.astype(np.uint32) << 16).view(np.float32))
+        return self.values.view(np.float16 if self.kind == STORED["F16"] else np.float32).astype(np.float32)
+
+
+def nothing(base: Source) -> Source:
+    """No change of as many elements."""
+    return Source(base.values, NOTHING)
 
 
 @dataclass(frozen=True)
@@ -38,176 +66,83 @@ class Compared:
     ideal_unchanged: int
 
 
-def linear(
-    base: Array, merged: Array, delta: Float32Array, less: float, error: Float32Array
-) -> Compared | None:
-    """BF16 bits of base and merge against W + less W + delta; error = (y - W) - (less W + delta). None: take numpy."""
-    library = _library()
-    if library is None or base.dtype != np.uint16 or merged.dtype != np.uint16:
+def linear(base: Source, merged: Source, delta: Float32Array, error: Float32Array) -> Compared | None:
+    """Base and merge against W + delta; error = (y - W) - delta is written. None: take numpy."""
+    library = compiled()
+    if library is None:
         return None
-    differs, counts = np.empty(base.size, np.bool_), np.zeros(3, np.int64)
+    differs, counts = np.empty(delta.size, np.bool_), np.zeros(3, np.int64)
     library.medverify_linear(
-        base.ctypes.data, merged.ctypes.data, delta.ctypes.data, less, base.size, error.ctypes.data,
-        differs.ctypes.data, counts.ctypes.data,
+        base.values.ctypes.data, base.kind, merged.values.ctypes.data, merged.kind, delta.ctypes.data, delta.size,
+        error.ctypes.data, differs.ctypes.data, counts.ctypes.data,
     )  # fmt: skip
     return Compared(error, differs, *(int(count) for count in counts))
 
 
-def compare(base: Array, merged: Array, value: Float32Array) -> Compared | None:
-    """BF16 bits of base and merge against a float32 value; error = y - value. None: take numpy."""
-    library = _library()
-    if library is None or base.dtype != np.uint16 or merged.dtype != np.uint16:
-        return None
-    error = np.empty(base.size, np.float32)
-    differs, counts = np.empty(base.size, np.bool_), np.zeros(3, np.int64)
-    library.medverify_compare(
-        base.ctypes.data, merged.ctypes.data, value.ctypes.data, base.size, error.ctypes.data,
-        differs.ctypes.data, counts.ctypes.data,
-    )  # fmt: skip
-    return Compared(error, differs, *(int(count) for count in counts))
-
-
-def widen_bf16(raw: Array) -> Float32Array:
-    """BF16 bits as float32, exact."""
-    library = _library()
-    if library is None:
-        wide = raw.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
+def widen_half(raw: Array, dtype: str) -> Float32Array:
+    """BF16 or F16 bits as float32, exact."""
+    library, source = compiled(), Source(raw, STORED[dtype])
+    if library is None or not raw.flags.c_contiguous:
+        return source.widened()
     out = np.empty(raw.shape, np.float32)
-    library.medverify_widen(raw.ctypes.data, raw.size, out.ctypes.data)
+    library.medverify_widen(raw.ctypes.data, source.kind, raw.size, out.ctypes.data)
     return out
 
 
-def difference(raw: Array, base: Float32Array) -> Float32Array | None:
-    """BF16 bits minus W, float32 of W's shape. None: take numpy."""
-    library = _library()
+def count_sizes(base: Source, sources: Sequence[Source], counts: Array) -> None:
+    """Add to `counts` (K, 32768; int64) how many |d_k| have each value of their upper 16 bits."""
+    library = compiled()
     if library is None:
-        return None
-    out = np.empty_like(base)
-    library.medverify_difference(raw.ctypes.data, base.ctypes.data, raw.size, out.ctypes.data)
-    return out
-
-
-def combine(
-    base: Float32Array,
-    share: float,
-    deltas: Sequence[Float32Array],
-    coefficients: Float64Array,
-    kept: Sequence[Array] = (),
-) -> Float32Array:
-    """share W + sum a_k d_k, of the elements that stay where masks are given."""
-    library, out = _library(), np.empty_like(base)
-    if library is not None:
-        rows, masks = [np.ascontiguousarray(d) for d in deltas], [np.ascontiguousarray(m) for m in kept]
-        numbers = np.ascontiguousarray(coefficients, np.float32)
-        library.medverify_combine(
-            base.ctypes.data, share, _pointers(rows), numbers.ctypes.data, _pointers(masks) if masks else None,
-            len(rows), base.size, out.ctypes.data,
-        )  # fmt: skip
-        return out
-    np.multiply(base, np.float32(share), out=out)
-    for k, (a, delta) in enumerate(zip(coefficients, deltas, strict=True)):
-        part = delta * np.float32(a)
-        if kept:
-            part *= kept[k]
-        out += part
-    return out
-
-
-def elect(
-    base: Float32Array,
-    deltas: Sequence[Float32Array],
-    weights: Float64Array,
-    own: Float64Array,
-    limits: Sequence[float],
-    kept: Sequence[Array],
-    normalize: bool,
-    lam: float,
-) -> Float32Array:
-    """W + lam * the sum of the weighted deltas that stay and agree with the majority sign (see formulas.py)."""
-    library = _library()
-    if library is None or not 0 < len(deltas) <= _MOST:
-        return _elect(base, deltas, weights, own, limits, kept, normalize, lam)
-    out = np.empty_like(base)
-    numbers = [np.ascontiguousarray(x, np.float32) for x in (weights, own, limits)]
-    rows = [np.ascontiguousarray(delta) for delta in deltas]
-    masks = [np.ascontiguousarray(mask) for mask in kept]
-    library.medverify_elect(
-        _pointers(rows), len(rows), base.size, base.ctypes.data, *(x.ctypes.data for x in numbers),
-        _pointers(masks) if masks else None, normalize, lam, out.ctypes.data,
+        wide = base.widened()
+        for own, source in zip(counts, sources, strict=True):
+            own += np.bincount(_magnitudes(source.delta(wide)) >> 16, minlength=1 << 15)
+        return
+    scratch, kinds = np.empty(4 << 15, np.uint32), kinds_of(sources)
+    library.medverify_sizes(
+        base.values.ctypes.data, base.kind, pointers([s.values for s in sources]), kinds.ctypes.data, len(sources),
+        base.values.size, counts.ctypes.data, scratch.ctypes.data,
     )  # fmt: skip
-    return out
 
 
-def _elect(
-    base: Float32Array,
-    deltas: Sequence[Float32Array],
-    weights: Float64Array,
-    own: Float64Array,
-    limits: Sequence[float],
-    kept: Sequence[Array],
-    normalize: bool,
-    lam: float,
-) -> Float32Array:
-    parts = []
-    for k, delta in enumerate(deltas):
-        part = delta * np.float32(weights[k])
-        part *= np.abs(delta) >= np.float32(limits[k])
-        if kept:
-            part *= kept[k]
-        parts.append(part)
-    sign = np.where(np.sum(parts, axis=0) >= 0, np.float32(1), np.float32(-1))
-    total, divisor = np.zeros_like(base), np.zeros_like(base)
-    for part, weight in zip(parts, own, strict=True):
-        agrees = part * sign > 0
-        total += part * agrees
-        divisor += agrees * np.float32(weight)
-    if normalize:
-        total /= np.where(np.abs(divisor) < 1e-8, np.float32(1), divisor)
-    return np.asarray(total * np.float32(lam) + base)
-
-
-def count_sizes(delta: Float32Array, counts: Array) -> None:
-    """Add to `counts` (32768, int64) how many |d| have each value of their upper 16 bits."""
-    library, delta = _library(), np.ascontiguousarray(delta)
+def count_within(base: Source, sources: Sequence[Source], upper: Sequence[int], counts: Array) -> None:
+    """Add to `counts` (K, 65536; int64) the lower 16 bits of those |d_k| whose upper 16 are upper[k] (-1: none)."""
+    library = compiled()
     if library is None:
-        counts += np.bincount(_magnitudes(delta) >> 16, minlength=1 << 15)
+        wide = base.widened()
+        for own, source, wanted in zip(counts, sources, upper, strict=True):
+            if wanted >= 0:
+                bits = _magnitudes(source.delta(wide))
+                own += np.bincount(bits[bits >> 16 == wanted] & 0xFFFF, minlength=1 << 16)
         return
-    scratch = np.empty(4 << 15, np.uint32)
-    library.medverify_sizes(delta.ctypes.data, delta.size, counts.ctypes.data, scratch.ctypes.data)
-
-
-def count_within(delta: Float32Array, upper: int, counts: Array) -> None:
-    """Add to `counts` (65536, int64) the lower 16 bits of those |d| whose upper 16 bits are `upper`."""
-    library, delta = _library(), np.ascontiguousarray(delta)
-    if library is None:
-        bits = _magnitudes(delta)
-        counts += np.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=1 << 16)
-        return
-    library.medverify_sizes_within(delta.ctypes.data, delta.size, upper, counts.ctypes.data)
+    kinds, wanted_bins = kinds_of(sources), np.array(upper, np.int32)
+    library.medverify_sizes_within(
+        base.values.ctypes.data, base.kind, pointers([s.values for s in sources]), kinds.ctypes.data, len(sources),
+        base.values.size, wanted_bins.ctypes.data, counts.ctypes.data,
+    )  # fmt: skip
 
 
 def _magnitudes(values: Float32Array) -> Array:
-    return np.asarray(values.reshape(-1).view(np.uint32) & 0x7FFFFFFF)
+    return np.asarray(np.ascontiguousarray(values).reshape(-1).view(np.uint32) & 0x7FFFFFFF)
 
 
-def dots(base: Float32Array, one: Float32Array, two: Float32Array, a: float, b: float) -> Float64Array:
-    """P.Q, P.P and Q.Q in float64 of P = W + a one and Q = W + b two, each rounded to float32."""
-    library, sums = _library(), np.zeros(3)
+def dots(base: Source, one: Source, two: Source, a: float, b: float) -> Float64Array:
+    """P.Q, P.P and Q.Q in float64 of P = W + a d_1 and Q = W + b d_2, each rounded to float32."""
+    library, sums = compiled(), np.zeros(3)
     if library is not None:
-        one, two = np.ascontiguousarray(one), np.ascontiguousarray(two)
+        factors, kinds = np.array([a, b], np.float32), kinds_of((one, two))
         library.medverify_dots(
-            base.ctypes.data, one.ctypes.data, two.ctypes.data, a, b, base.size, sums.ctypes.data
-        )
+            base.values.ctypes.data, base.kind, pointers([one.values, two.values]), kinds.ctypes.data,
+            factors.ctypes.data, base.values.size, sums.ctypes.data,
+        )  # fmt: skip
         return sums
-    p, q = ((base + np.float32(x) * d).astype(np.float64) for x, d in ((a, one), (b, two)))
+    wide = base.widened()
+    p, q = ((wide + np.float32(x) * s.delta(wide)).astype(np.float64) for x, s in ((a, one), (b, two)))
     return np.array([p @ q, p @ p, q @ q])
 
 
 def kept(key: Array, start: int, count: int, limit: int) -> Array | None:
     """Which draws are under `limit` (draws.py), compiled (needs 128-bit products); None: take numpy."""
-    library = _library()
+    library = compiled()
     if library is None or os.name == "nt" or start % 8 or limit >= 2**32:
         return None
     out = np.empty(count, np.bool_)
@@ -215,8 +150,12 @@ def kept(key: Array, start: int, count: int, limit: int) -> Array | None:
     return out
 
 
-def _pointers(arrays: Sequence[Array]) -> Any:
+def pointers(arrays: Sequence[Array]) -> Any:
     return (_P * len(arrays))(*(array.ctypes.data for array in arrays))
+
+
+def kinds_of(sources: Sequence[Source]) -> Array:
+    return np.array([source.kind for source in sources], np.int32)
 
 
 def rounded(value: Float32Array, dtype: str) -> Array:
@@ -225,7 +164,7 @@ def rounded(value: Float32Array, dtype: str) -> Array:
 
 
 @cache
-def _library() -> Any:
+def compiled() -> Any:
     """The compiled loops, or None."""
     if os.environ.get("MEDMERGE_KERNEL") == "plain":
         return None
@@ -242,19 +181,18 @@ def _library() -> Any:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, f"medverify_{name}")
             function.restype, function.argtypes = None, arguments
+        library.medverify_compare.restype = _L
         return library
     return None
 
 
+_P, _I, _L, _F, _U = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_uint64
 _SIGNATURES: dict[str, list[type]] = {
-    "widen": [_P, _L, _P],
-    "difference": [_P, _P, _L, _P],
-    "linear": [_P, _P, _P, _F, _L, _P, _P, _P],
-    "compare": [_P, _P, _P, _L, _P, _P, _P],
-    "combine": [_P, _F, _P, _P, _P, _L, _L, _P],
-    "elect": [_P, _L, _L, _P, _P, _P, _P, _P, _I, _F, _P],
-    "sizes": [_P, _L, _P, _P],
-    "sizes_within": [_P, _L, ctypes.c_uint32, _P],
-    "dots": [_P, _P, _P, _F, _F, _L, _P],
+    "widen": [_P, _I, _L, _P],
+    "linear": [_P, _I, _P, _I, _P, _L, _P, _P, _P],
+    "compare": [_P, _I, _P, _I, _P, _P, _P, _L, _L, _F, _P, _P, _P, _I, _F, _I, _P, _P, _P, _P],
+    "sizes": [_P, _I, _P, _P, _L, _L, _P, _P],
+    "sizes_within": [_P, _I, _P, _P, _L, _L, _P, _P],
+    "dots": [_P, _I, _P, _P, _P, _L, _P],
     "kept": [_U, _U, _U, _L, ctypes.c_uint32, _P],
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.merge.verify.bits import read_block
+from engine.merge.verify.bits import Rows, read_block
 from engine.merge.verify.deltas import reference
 from engine.merge.verify.rounding import Array, Float64Array, round_to
 from engine.merge.verify.stats import UNIT, TensorStats
@@ -140,7 +140,7 @@ def _changes(
     loaded = term.load(base)
     width = values.shape[1]
     pairs = [
-        loaded.block(int(row), values[i : i + 1].astype(np.float32)).exact(np.arange(width))
+        loaded.block(int(row), Rows.of(values[i : i + 1].astype(np.float32))).exact(np.arange(width))
         for i, row in enumerate(rows)
     ]
     delta, size = np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])

@@ -20,6 +20,8 @@ from typing import Protocol
 import numpy as np
 
 from engine.errors import BadAdapterError
+from engine.merge.verify.bits import Rows
+from engine.merge.verify.quick import DELTA, Source
 from engine.merge.verify.rounding import Array, Float32Array, Float64Array
 from engine.weights.tensorfile import TensorInfo, read_rows
 
@@ -29,7 +31,15 @@ Exact = tuple[Float64Array, Float64Array]  # deltas, sizes
 class Part(Protocol):
     """A term's change of a block of rows."""
 
-    dense: Float32Array  # (rows, columns)
+    @property
+    def dense(self) -> Float32Array:
+        """(rows, columns)"""
+        ...
+
+    @property
+    def source(self) -> Source:
+        """The same for the compiled loops."""
+        ...
 
     def exact(self, where: Array) -> Exact:
         """Delta and size at flat positions of the block."""
@@ -46,8 +56,8 @@ class Loaded(Protocol):
         """Bound of the sizes of all its elements (0 where every evaluation gives the same float32)."""
         ...
 
-    def block(self, first: int, base: Float32Array) -> Part:
-        """Rows `first` onwards, as many as `base`, the base's own values there (rows, columns), has."""
+    def block(self, first: int, base: Rows) -> Part:
+        """Rows `first` onwards, as many as `base`, the base's own there, has."""
         ...
 
 
@@ -138,11 +148,21 @@ class LowRank:
         """Bound of the sizes of all elements."""
         return float(self.row_norms.max(initial=0.0) * self.column_norms.max(initial=0.0))
 
-    def block(self, first: int, base: Float32Array) -> Product:
+    def block(self, first: int, base: Rows) -> Product:
         return Product(self, first, self.scaled[first : first + len(base)] @ self.right)
 
 
-class Product:
+class Computed:
+    """A part that is computed: its delta lies in memory."""
+
+    dense: Float32Array
+
+    @property
+    def source(self) -> Source:
+        return Source(self.dense.reshape(-1), DELTA)
+
+
+class Product(Computed):
     """Some rows of a LowRank."""
 
     def __init__(self, term: LowRank, first: int, dense: Float32Array) -> None:
@@ -210,17 +230,17 @@ class _Stacked:
     def largest(self) -> float:
         return max(part.largest for part in self.parts)
 
-    def block(self, first: int, base: Float32Array) -> Part:
+    def block(self, first: int, base: Rows) -> Part:
         pieces, row, end = [], first, first + len(base)
         while row < end:
             inside = row % self.rows
             count = min(self.rows - inside, end - row)
-            pieces.append(self.parts[row // self.rows].block(inside, base[row - first : row - first + count]))
+            pieces.append(self.parts[row // self.rows].block(inside, base.part(row - first, count)))
             row += count
         return pieces[0] if len(pieces) == 1 else _StackedPart(pieces)
 
 
-class _StackedPart:
+class _StackedPart(Computed):
     """Rows of several products, one below the other."""
 
     def __init__(self, pieces: Sequence[Product]) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from engine.merge.verify.quick import count_sizes, count_within
-from engine.merge.verify.rounding import Array, Float32Array
+from engine.merge.verify.quick import Source, count_sizes, count_within
+from engine.merge.verify.rounding import Array
 
-Deltas = Callable[[], Iterable[Sequence[Float32Array]]]  # every block of rows, once more: the K deltas there
+Deltas = Callable[[], Iterable[tuple[Source, Sequence[Source]]]]  # every block once more: W and the K deltas
 
 
 class Sizes:
@@ -23,9 +23,8 @@ class Sizes:
     def __init__(self, deltas: Deltas, count: int) -> None:
         self._deltas = deltas
         self.counts = np.zeros((count, 1 << 15), dtype=np.int64)
-        for block in deltas():
-            for counts, delta in zip(self.counts, block, strict=True):
-                count_sizes(delta, counts)
+        for base, sources in deltas():
+            count_sizes(base, sources, self.counts)
         self.elements = int(self.counts[0].sum()) if count else 0
 
     def thresholds(self, densities: Sequence[float]) -> list[float]:
@@ -33,10 +32,9 @@ class Sizes:
         bins = [self._bin(k, density) for k, density in enumerate(densities)]
         low = np.zeros((len(bins), 1 << 16), dtype=np.int64)
         if any(found is not None for found in bins):
-            for block in self._deltas():
-                for k, (found, delta) in enumerate(zip(bins, block, strict=True)):
-                    if found is not None:
-                        count_within(delta, found[0], low[k])
+            upper = [-1 if found is None else found[0] for found in bins]
+            for base, sources in self._deltas():
+                count_within(base, sources, upper, low)
         return [
             _outside(density) if found is None else _number(found[0], _at_rank(low[k], found[1])[0])
             for k, (density, found) in enumerate(zip(densities, bins, strict=True))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from engine.errors import BadAdapterError
-from engine.merge.verify.bits import raw_rows, read_block, widen_bits
-from engine.merge.verify.quick import difference
+from engine.merge.verify.bits import Rows, read_block
+from engine.merge.verify.quick import Source, nothing
 from engine.merge.verify.rounding import Array, Float32Array
-from engine.merge.verify.terms import Delta, Exact, Loaded, LowRank, Part, Term, finite_rows
+from engine.merge.verify.terms import Computed, Delta, Exact, Loaded, LowRank, Part, Term, finite_rows
 from engine.weights.tensorfile import TensorInfo
 
 
@@ -51,21 +52,17 @@ class _Difference:
 
     largest = 0.0  # a difference is rounded once, in the same way by everyone
 
-    def block(self, first: int, base: Float32Array) -> Part:
-        if self.rows is None and self.values.dtype == "BF16" and self.values.rows >= first + len(base):
-            raw = raw_rows(self.values, first, len(base))
-            dense = difference(raw, base)
-            if dense is not None:
-                return _DifferencePart(raw, "BF16", base, dense)
-        values = self._values(first, base)
-        return _DifferencePart(values.reshape(-1).view(np.uint32), "F32", base, values - base)
+    def block(self, first: int, base: Rows) -> Part:
+        if self.rows is None and self.values.rows >= first + len(base):
+            return _DifferencePart(Rows.read(self.values, first, len(base)), base)
+        return _DifferencePart(Rows.of(self._values(first, base)), base)
 
-    def _values(self, first: int, base: Float32Array) -> Float32Array:
+    def _values(self, first: int, base: Rows) -> Float32Array:
         if self.rows is None:
-            return read_block(self.values, first, len(base)).reshape(base.shape)
+            return read_block(self.values, first, len(base)).reshape(base.values.shape)
         wanted = self.rows[first : first + len(base)]
         there = np.flatnonzero(wanted >= 0)
-        found = base.copy()
+        found = base.values.copy()
         runs = np.split(there, np.flatnonzero(np.diff(wanted[there]) != 1) + 1) if there.size else []
         for run in runs:  # rows that follow each other in X are read at once
             read = read_block(self.values, int(wanted[run[0]]), run.size)
@@ -74,11 +71,19 @@ class _Difference:
 
 
 class _DifferencePart:
-    def __init__(self, bits: Array, dtype: str, base: Float32Array, dense: Float32Array) -> None:
-        self.bits, self.dtype, self.base, self.dense = bits, dtype, base.reshape(-1), dense
+    def __init__(self, values: Rows, base: Rows) -> None:
+        self.values, self.base = values, base
+
+    @cached_property
+    def dense(self) -> Float32Array:
+        return np.asarray(self.values.values - self.base.values)
+
+    @property
+    def source(self) -> Source:
+        return self.values.source
 
     def exact(self, where: Array) -> Exact:
-        value = widen_bits(self.bits[where], self.dtype).astype(np.float64) - self.base[where]
+        value = self.values.at(where) - self.base.at(where)
         return value, np.abs(value)
 
 
@@ -158,22 +163,22 @@ class _Dora:
 
         self.largest = float(np.abs(self.factor).max()) * (largest + self.low_rank.largest) + largest
 
-    def block(self, first: int, base: Float32Array) -> Part:
+    def block(self, first: int, base: Rows) -> Part:
         return _DoraPart(self, first, base)
 
 
-class _DoraPart:
-    def __init__(self, term: _Dora, first: int, base: Float32Array) -> None:
+class _DoraPart(Computed):
+    def __init__(self, term: _Dora, first: int, base: Rows) -> None:
         self.product = term.low_rank.block(first, base)
         self.term, self.base = term, base
-        self.dense = base + self.product.dense
+        self.dense = base.values + self.product.dense
         rows = slice(first, first + len(base))
         self.dense *= term.factor32 if term.by_column else term.factor32[rows, None]
-        self.dense -= base
+        self.dense -= base.values
 
     def exact(self, where: Array) -> Exact:
         delta, size = self.product.exact(where)
-        base, width = self.base.reshape(-1)[where].astype(np.float64), self.base.shape[1]
+        base, width = self.base.at(where), self.base.columns
         at = where % width if self.term.by_column else where // width + self.product.first
         factor = self.term.factor[at]
         return factor * (base + delta) - base, np.abs(factor) * (np.abs(base) + size) + np.abs(base)
@@ -214,11 +219,11 @@ class _Added:
     def largest(self) -> float:
         return sum(part.largest for part in self.parts)
 
-    def block(self, first: int, base: Float32Array) -> Part:
+    def block(self, first: int, base: Rows) -> Part:
         return _AddedPart([part.block(first, base) for part in self.parts])
 
 
-class _AddedPart:
+class _AddedPart(Computed):
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
         self.dense = parts[0].dense.copy()
@@ -247,15 +252,23 @@ class _Zero:
     roundings = 0
     largest = 0.0
 
-    def block(self, first: int, base: Float32Array) -> Part:
+    def block(self, first: int, base: Rows) -> Part:
         return Absent(base)
 
 
 class Absent:
     """No change of a block."""
 
-    def __init__(self, base: Float32Array) -> None:
-        self.dense = np.zeros_like(base)
+    def __init__(self, base: Rows) -> None:
+        self.base = base
+
+    @cached_property
+    def dense(self) -> Float32Array:
+        return np.zeros_like(self.base.values)
+
+    @property
+    def source(self) -> Source:
+        return nothing(self.base.source)
 
     def exact(self, where: Array) -> Exact:
         return np.zeros(where.size), np.zeros(where.size)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine.merge.verify import quick
 from tests.engine.merge.verify.scenes import MakeScene, Scene, make_base, make_lora, save_model
 
 
@@ -43,3 +45,18 @@ def make_scene(tmp_path: Path) -> MakeScene:
 def scene(make_scene: MakeScene) -> Scene:
     """The usual one: bfloat16, B std .02, rank 8, both adapters on every linear layer."""
     return make_scene()
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """`use("plain")` takes numpy from here on, `use("")` the compiled loops, or skips where there are none."""
+
+    def choose(kind: str) -> None:
+        monkeypatch.setenv("MEDMERGE_KERNEL", kind)
+        quick.compiled.cache_clear()
+        if not kind and quick.compiled() is None:
+            pytest.skip("not compiled here")
+
+    yield choose
+    monkeypatch.undo()
+    quick.compiled.cache_clear()

@@ -138,8 +138,10 @@ def test_adapters_that_share_only_some_modules(make_scene: MakeScene) -> None:
         assert verdict.ok, (method, verdict.message)
 
 
+@pytest.mark.parametrize("kernel", ["", "plain"])
 @pytest.mark.parametrize("method", METHODS)
-def test_one_element_by_one_ulp(scene: Scene, method: str) -> None:
+def test_one_element_by_one_ulp(use: Callable[[str], None], scene: Scene, method: str, kernel: str) -> None:
+    use(kernel)
     setting = Setting(method)
     merged = merged_adapters(scene, setting, torch.bfloat16)
     merged[f"{MODULES[3]}.weight"].view(torch.int16)[5, 9] += 1
