@@ -90,7 +90,7 @@ def to_png(svg: Path) -> Path:
         page.write_text(f"<style>body{{margin:0}}svg{{display:block}}</style>{text}", encoding="utf-8")
         command = [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            "--force-device-scale-factor=2", "--virtual-time-budget=3000",
+            "--force-device-scale-factor=2", "--virtual-time-budget=3000", "--run-all-compositor-stages-before-draw",
             f"--user-data-dir={profile}/p", f"--window-size={width},{height}", f"--screenshot={png}", page.as_uri(),
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
