@@ -134,8 +134,13 @@ def storage_type(tensor: PlannedTensor, kind: str) -> str:
 
 def bytes_needed(tensors: list[PlannedTensor], kind: str) -> int:
     """Bytes of a file with these tensors, within the header's allowance."""
+    return _HEADER_SPACE + tensor_bytes(tensors, kind)
+
+
+def tensor_bytes(tensors: list[PlannedTensor], kind: str) -> int:
+    """Bytes of the tensors alone, stored as `kind`."""
     size = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
-    return _HEADER_SPACE + sum(math.ceil(t.elements * size[storage_type(t, kind)]) for t in tensors)
+    return sum(math.ceil(t.elements * size[storage_type(t, kind)]) for t in tensors)
 
 
 def encode(rows: Float32Array, kind: str, source: str) -> bytes:

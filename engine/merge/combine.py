@@ -110,10 +110,7 @@ def combine(
     base = Checkpoint.open(base_folder)
     adapters = {part.label: Adapter.open(part.path) for part in parts}
     modules = _modules(base, adapters, parts, rank)
-    header = encode_header(
-        [(k, "F32", s) for m in modules for k, s in zip(m.keys, m.shapes, strict=True)], {"format": "pt"}
-    )
-    size = len(header) + sum(4 * math.prod(shape) for m in modules for shape in m.shapes)
+    header, size = _layout(modules)
     need_space(out.parent, size + 64_000_000, "the merged adapter")
     verdict, kept = None, out
     with new_folder(out) as partial:
@@ -146,6 +143,20 @@ def combine(
         "combined": summary,
         "exit_code": verdict["exit_code"] if verdict else 0,
     }
+
+
+def bytes_of(
+    base: Checkpoint, adapters: Mapping[str, Adapter], parts: Sequence[Part], rank: int | None
+) -> int:
+    """Bytes of the merged adapter's weights. Raises as `combine` does for what cannot be summed."""
+    return _layout(_modules(base, adapters, parts, rank))[1]
+
+
+def _layout(modules: Sequence[Module]) -> tuple[bytes, int]:
+    """The safetensors header of the merged adapter, and the bytes of the whole file."""
+    tensors = [(key, shape) for m in modules for key, shape in zip(m.keys, m.shapes, strict=True)]
+    header = encode_header([(key, "F32", shape) for key, shape in tensors], {"format": "pt"})
+    return header, len(header) + sum(4 * math.prod(shape) for _, shape in tensors)
 
 
 def _modules(

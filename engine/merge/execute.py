@@ -122,24 +122,13 @@ def _only_ggufs(recipe: Recipe, events: EventWriter, verify: bool, threads: int 
 
     Each file gets a manifest beside it, FILE.gguf.json.
     """
-    from engine.gguf.mixture import Mixture
-
     started = time.monotonic()
-    if recipe.models or recipe.method not in LINEAR:
-        raise BadRecipeError(
-            f"output.kind gguf goes straight from a base and adapters, which {recipe.method} of "
-            f"{'models' if recipe.models else 'adapters'} does not allow",
-            "leave output.kind out: the checkpoint is merged and verified, and its GGUFs are made from it",
-        )
     files = gguf_files(recipe)
     plan = make_plan(recipe)
     refuse_broken_adapters(plan)
     for warning in plan.warnings:
         events.warning(warning)
-    assert recipe.base is not None
-    paths = {entry.label: entry.path for entry in recipe.entries}
-    mixture = Mixture(recipe.base, paths, _plain(plan.counted), plan.asked)
-    written = _write_ggufs(mixture, files, events, verify, threads)
+    written = _write_ggufs(_mixture(plan), files, events, verify, threads)
     records = []
     for file in written:
         out, seconds = Path(file["out"]), time.monotonic() - started
@@ -159,12 +148,60 @@ def _only_ggufs(recipe: Recipe, events: EventWriter, verify: bool, threads: int 
     }
 
 
+def _mixture(plan: Plan) -> Any:
+    """The linear merge of a plan as the GGUF writer takes it. Raises BadRecipeError for other merges."""
+    from engine.gguf.mixture import Mixture
+
+    recipe = plan.recipe
+    if recipe.models or recipe.method not in LINEAR or recipe.base is None:
+        raise BadRecipeError(
+            f"output.kind gguf goes straight from a base and adapters, which {recipe.method} of "
+            f"{'models' if recipe.models else 'adapters'} does not allow",
+            "leave output.kind out: the checkpoint is merged and verified, and its GGUFs are made from it",
+        )
+    paths = {entry.label: entry.path for entry in recipe.entries}
+    return Mixture(recipe.base, paths, _plain(plan.counted), plan.asked)
+
+
 def _plain(weights: dict[str, dict[str, float]]) -> dict[str, Any]:
     """A number for labels whose tensors all have the same weight."""
     return {
         label: next(iter(own.values())) if len(set(own.values())) == 1 else own
         for label, own in weights.items()
     }
+
+
+def outputs(plan: Plan) -> dict[str, int]:
+    """Bytes of what is written beside or instead of a checkpoint, by kind; refuses what the merge would refuse.
+
+    A GGUF's bytes are those of its tensors; of a type that llama.cpp quantises, at most (as q8_0).
+
+    Raises BadRecipeError, BadAdapterError as the merge does before it begins.
+    """
+    recipe = plan.recipe
+    if recipe.kind == "adapter":
+        from engine.merge.combine import bytes_of
+
+        return {"adapter": bytes_of(plan.base, plan.adapters, _shares(plan), recipe.rank)}
+    if not recipe.gguf:
+        return {}
+    from engine.gguf.convert import Conversion
+    from engine.gguf.mixture import plan_mixture
+    from engine.gguf.quantize import DIRECT
+    from engine.gguf.writer import tensor_bytes
+
+    gguf_files(recipe)
+    alone = recipe.kind == "gguf"
+    conversion = plan_mixture(_mixture(plan)) if alone else Conversion.plan(plan.base.folder, "")
+    return {
+        kind: tensor_bytes(conversion.tensors, kind if kind in DIRECT else "q8_0") for kind in recipe.gguf
+    }
+
+
+def _shares(plan: Plan) -> list[Any]:
+    from engine.merge.combine import Part
+
+    return [Part(entry.label, entry.path, plan.counted[entry.label]) for entry in plan.recipe.entries]
 
 
 def question(plan: Plan) -> tuple[Path | None, Any]:
@@ -211,7 +248,7 @@ def _verify(plan: Plan, partial: Path, events: EventWriter) -> dict[str, Any]:
 
 def _merge_adapters(recipe: Recipe, events: EventWriter, verify: bool) -> dict[str, Any]:
     """Several adapters into one (output.kind adapter)."""
-    from engine.merge.combine import Part, combine
+    from engine.merge.combine import combine
 
     refuse_existing(recipe.output)
     plan = make_plan(recipe)
@@ -219,8 +256,7 @@ def _merge_adapters(recipe: Recipe, events: EventWriter, verify: bool) -> dict[s
     for warning in plan.warnings:
         events.warning(warning)
     assert recipe.base is not None
-    parts = [Part(entry.label, entry.path, plan.counted[entry.label]) for entry in recipe.entries]
-    return combine(recipe.base, parts, recipe.output, events, recipe.rank, recipe.to_dict(), verify)
+    return combine(recipe.base, _shares(plan), recipe.output, events, recipe.rank, recipe.to_dict(), verify)
 
 
 def summary(verdict: dict[str, Any] | None) -> dict[str, Any]:

@@ -48,15 +48,19 @@ def run_merge(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 
 
 def run_plan(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
-    """params: recipe. Returns the plan with its cost and the predicted rounding loss; writes nothing."""
+    """params: recipe. Returns the plan with its cost and the predicted rounding loss; writes nothing.
+
+    `outputs` has the bytes of what is written beside or instead of a checkpoint, by kind ("adapter", "q8_0").
+    """
     load_numpy_single_threaded()
+    from engine.merge.execute import outputs
     from engine.merge.forecast import forecast
     from engine.merge.plan import make_plan, refuse_broken_adapters
     from engine.merge.recipe import parse
 
     plan = make_plan(parse(params["recipe"], "recipe", []))
     refuse_broken_adapters(plan)
-    return {**plan.to_dict(), **forecast(plan, events), "exit_code": 0}
+    return {**plan.to_dict(), "outputs": outputs(plan), **forecast(plan, events), "exit_code": 0}
 
 
 def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:

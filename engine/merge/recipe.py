@@ -56,6 +56,7 @@ _DTYPE_ALIASES = {
     "fp32": "float32",
     "f32": "float32",
 }
+LARGEST_WEIGHT = 1e9  # what the verifier takes as well
 KINDS = ("checkpoint", "adapter", "gguf")
 VOCABULARY = ("error", "intersection", "keep_first")
 _KEYS = ("base", "method", "adapters", "models", "parameters", "vocabulary", "output")
@@ -251,7 +252,7 @@ def _entry(label: str, value: object, kind: str, method: str, where: str, places
     path = input_path(required(entry, "path", where), f"{where}.path", places)
     if kind == "model" or method == "slerp":
         entry = {"weight": 1.0, **entry}
-    weights = _spec(required(entry, "weight", where), f"{where}.weight")
+    weights = _spec(required(entry, "weight", where), f"{where}.weight", -LARGEST_WEIGHT, LARGEST_WEIGHT)
     density = None
     if entry.get("density") is not None:
         if method not in TRIMS:
@@ -357,7 +358,11 @@ def _check_output(recipe: Recipe, where: str) -> None:
             )
         if recipe.gguf:
             raise BadRecipeError(f"{where}: an adapter output writes no GGUF", "medmerge gguf ADAPTER does")
+        if recipe.dtype not in (None, "float32"):
+            raise BadRecipeError(f"{where}: an adapter is written in float32", "leave output.dtype out")
     elif recipe.rank is not None:
         raise BadRecipeError(f"{where}: output.rank is for output.kind adapter", "remove one of them")
+    if recipe.adapters and recipe.vocabulary != "error":
+        raise BadRecipeError(f"{where}: vocabulary means nothing to adapters", "it is for `models:`")
     if recipe.kind == "gguf" and not recipe.gguf:
         raise BadRecipeError(f"{where}: output.kind gguf needs output.gguf", "for example gguf: [q4_k_m]")

@@ -39,18 +39,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def render(result: dict[str, Any]) -> str:
+    kind = result["recipe"]["output"].get("kind", "checkpoint")
+    others = [f"{amount(size, 'B')} of {name}" for name, size in result["outputs"].items()]
+    whole = kind == "checkpoint"  # seconds and rounding loss are forecast for a checkpoint only
+    first = [f"{amount(result['bytes_written'], 'B')} in {result['shards']} file(s)"] if whole else []
     lines = [
         f"{mixture(result['recipe'])} on {result['base']['name']}, {result['dtype']}",
-        f"  writes   {amount(result['bytes_written'], 'B')} in {result['shards']} file(s) to {result['output']}"
+        f"  writes   {', '.join([*first, *others])} to {result['output']}"
         f" ({amount(result['free_bytes'], 'B')} free)",
         f"  reads    {amount(result['bytes_read'], 'B')}",
         f"  changes  {result['tensors_changed']} tensors, copies {result['tensors_copied']}",
         f"  memory   about {amount(result['memory_bytes'], 'B')}",
     ]
-    if result["seconds"] is not None:
+    if result["seconds"] is not None and whole:
         lines.append(f"  takes    about {duration(result['seconds'])}, and verification after it")
     listed = result["recipe"].get("adapters") or result["recipe"]["models"]
-    lost, expected = result["rounding_loss"] or {}, result["expected_weights"] or {}
+    lost, expected = (
+        result[key] if whole and result[key] else {} for key in ("rounding_loss", "expected_weights")
+    )
     rows = []
     for label, own in (result["adapters"] | result["models"]).items():
         asked = listed[label]["weight"]
@@ -69,7 +75,7 @@ def render(result: dict[str, Any]) -> str:
     lines += ["", table([kind, "asked", "expected", "lost to rounding", "rank", "tensors"], rows)]
     if resolved := by_tensor(result):
         lines += ["", resolved]
-    if result["unchanged_share"] is not None:
+    if result["unchanged_share"] is not None and whole:
         lines.append(
             f"{100 * result['unchanged_share']:.0f}% of the changed tensors' elements keep their value"
         )

@@ -127,7 +127,7 @@ class Asked:
             if entry.kind not in KINDS:
                 raise BadRecipeError(f"{entry.label} is a {entry.kind!r}, expected adapter or model")
             for weight in entry.weight.values():
-                if not -1e6 < weight < 1e6:  # also refuses NaN
+                if not -1e9 < weight < 1e9:  # also refuses NaN
                     raise BadRecipeError(
                         f"the weight of {entry.label} is {weight}, which is not a usable number"
                     )

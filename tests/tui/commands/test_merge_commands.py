@@ -226,7 +226,7 @@ def test_plans_table_shows_every_entrys_numbers(
     found = cells(method="linear", models=models)
     assert found[0] == ["layers", "tensors", "weight a", "weight b"]
     assert ["0-1", "mlp.*", "0.75", "0.25"] in found
-    assert ["0.5", "0.5"] == next(row[2:] for row in found if row[1].endswith("self_attn.*"))
+    assert next(row[2:] for row in found if row[1].endswith("self_attn.*")) == ["0.5", "0.5"]
     found = cells(method="slerp", models=models, parameters={"t": [0.2, 0.8]})
     assert {row[0]: row[-1] for row in found if row[0] in "01"} == {"0": "0.2", "1": "0.8"}
     adapters = {
@@ -274,3 +274,28 @@ def test_plan_says_what_the_dtype_cannot_hold(filled: Workspace, capsys: pytest.
         assert main([command, *large, "--out", str(filled.merges / "m")]) == 2
         assert "more than F16 can hold" in capsys.readouterr().err
     assert not list(filled.merges.iterdir())
+
+
+def test_the_plan_knows_what_comes_out(
+    filled: Workspace, variant: MakeVariant, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes of every kind of output as they are then written; what the merge would refuse, the plan refuses."""
+    for kind, out, file in (
+        (["--kind", "adapter", "--rank", "3"], "both", "both/adapter_model.safetensors"),
+        (["--kind", "gguf", "--gguf", "q8_0"], "m.gguf", "m.gguf"),
+        (["--gguf", "f16"], "m", "m-f16.gguf"),
+    ):
+        flags = [*FLAGS, *kind, "--out", str(filled.merges / out)]
+        assert main(["plan", *flags, "--json"]) == 0
+        (size,) = json_out(capsys)["outputs"].values()
+        assert main(["plan", *flags]) == 0 and "writes" in capsys.readouterr().out
+        assert main(["merge", *flags, "--no-verify"]) == 0
+        written = (filled.merges / file).stat().st_size
+        assert abs(written - size) <= 0.15 * written  # a GGUF's metadata is not foreseen to the byte
+        capsys.readouterr()
+    dora = variant("dora")
+    mine = ["--base", str(dora.base), "--adapter", f"d={dora.adapter}:1", "--out"]
+    assert main(["plan", *mine, "x", "--kind", "adapter"]) == 2
+    assert main(["plan", *mine, "x.gguf", "--kind", "gguf", "--gguf", "q8_0"]) == 2
+    assert main(["plan", *FLAGS, "--out", "x", "--gguf", "q9_0"]) == 2
+    assert main(["plan", *FLAGS[:2], "--adapter", "pt=adapters/pt:0", "--out", "x", "--kind", "adapter"]) == 2
