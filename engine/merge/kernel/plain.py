@@ -36,7 +36,9 @@ class PlainKernel:
     """The functions of kernel.c in numpy."""
 
     compiled = False
-    block_elements = 1 << 18  # half a MiB of bf16 in and out (measured: 10% less CPU time than half or double)
+    block_elements = (
+        1 << 18
+    )  # half a MiB of bf16 in and out (measured: 10% less CPU time than half or double)
 
     @property
     def name(self) -> str:

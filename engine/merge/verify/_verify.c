@@ -71,7 +71,7 @@ INLINE const float *delta_of(const void *from, const int kind, int64_t start, in
     return out;
 }
 
-/* To nearest, ties to even, as float32. Beyond the largest half the result is no half: it equals nothing stored. */
+/* To nearest, ties to even, as float32. */
 INLINE float round_to(float value, const int kind) {
     uint32_t bits = bits_of(value);
     if (kind == BF16) return number_of((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u);
@@ -79,6 +79,7 @@ INLINE float round_to(float value, const int kind) {
     uint32_t size = bits & 0x7FFFFFFF;
     uint32_t normal = (size + 0xFFF + ((size >> 13) & 1)) & 0xFFFFE000u;
     uint32_t small = bits_of((number_of(size) + 0.75f) - 0.75f); /* 0.75's last place is 2^-24, the least half */
+    normal = size >= 0x477FF000u && size < 0x7F800000u ? 0x7F800000u : normal; /* 65520 and more */
     return number_of((size < 0x38800000u ? small : normal) | (bits & 0x80000000u));
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import BadTensorFileError
-from engine.merge.verify.quick import STORED, Source, widen_half
+from engine.merge.verify.quick import STORED, Source, linear, widen_half
 from engine.merge.verify.rounding import FORMATS, Array, Float32Array, Float64Array, fast_bits
 from engine.weights.tensorfile import ITEM_SIZE, TensorInfo, read_bytes
 
@@ -86,7 +86,7 @@ def same_bytes(base: TensorInfo, merged: TensorInfo) -> int:
             "only BF16, F16 and F32 can be compared across dtypes",
         )
     size, out = ITEM_SIZE[base.dtype], ITEM_SIZE[merged.dtype]
-    differing = 0
+    differing, none, room = 0, np.zeros(BLOCK_ELEMENTS, np.float32), np.empty(BLOCK_ELEMENTS, np.float32)
     for first in range(0, base.elements, BLOCK_ELEMENTS):
         count = min(BLOCK_ELEMENTS, base.elements - first)
         ours, theirs = (
@@ -99,7 +99,14 @@ def same_bytes(base: TensorInfo, merged: TensorInfo) -> int:
                 b: Any = np.frombuffer(theirs, np.uint8).reshape(count, size)
                 differing += int(np.count_nonzero((a != b).any(axis=1)))
             continue
-        values = widen_bits(np.frombuffer(ours, FORMATS[base.dtype].bits), base.dtype)
-        expected = fast_bits(values, merged.dtype)
-        differing += int(np.count_nonzero(expected != np.frombuffer(theirs, FORMATS[merged.dtype].bits)))
+        w, y = (
+            np.frombuffer(data, FORMATS[side.dtype].bits) for data, side in ((ours, base), (theirs, merged))
+        )
+        rounded = linear(
+            Source(w, STORED[base.dtype]), Source(y, STORED[merged.dtype]), none[:count], room[:count]
+        )
+        if rounded is not None:
+            differing += count - rounded.unchanged
+            continue
+        differing += int(np.count_nonzero(fast_bits(widen_bits(w, base.dtype), merged.dtype) != y))
     return differing

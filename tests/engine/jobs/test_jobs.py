@@ -49,7 +49,9 @@ def test_a_job_reports_progress_metrics_and_its_result(tmp_path: Path) -> None:
     assert (job.state, job.exit_code, job.result["sum"]) == ("done", 0, 15)
     tail = job.tail()
     events = tail.poll()
-    while events[-1].type != "finished":  # the state is written first, so that whoever sees this event finds it
+    while (
+        events[-1].type != "finished"
+    ):  # the state is written first, so that whoever sees this event finds it
         events += tail.poll()
     assert [e.data["loss"] for e in events if e.type == "metric"] == [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
     assert job.progress["done"] == job.progress["total"] == 5

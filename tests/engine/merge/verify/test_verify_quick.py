@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.merge.verify import quick
+from engine.merge.verify.bits import same_bytes
 from engine.merge.verify.comparison import Election, Wanted, compare
 from engine.merge.verify.draws import Draws
 from engine.merge.verify.quick import DELTA, Source, nothing
 from engine.merge.verify.threshold import Sizes
+from engine.weights.tensorfile import TensorFile
 from tests.engine.merge import references
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -58,6 +62,22 @@ def differs(value: Array, y: Array, dtype: str) -> Array:
         low, high = np.minimum(near[0], near[2]), np.maximum(near[0], near[2])
         return ~((low <= y) & (y <= high))
     return ~np.any([in_torch(v.astype(np.float32), dtype) == y for v in near], axis=0)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+@pytest.mark.parametrize("kind", ["plain", ""])
+def test_untouched_in_another_dtype(use: Reload, tmp_path: Path, kind: str, dtype: str) -> None:
+    """Every bfloat16, also beyond the largest half and among its subnormals, against torch; then one bit changed."""
+    use(kind)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = torch.where(every.isnan(), 0, every)
+    changed = every.to({"F16": torch.float16, "F32": torch.float32}[dtype])
+    wrong = changed.clone()
+    wrong.view(torch.int16)[12345] ^= 1
+    save_file({"base": every, "right": changed, "wrong": wrong}, tmp_path / "x.safetensors")
+    held = TensorFile.open(tmp_path / "x.safetensors").tensors
+    assert same_bytes(held["base"], held["right"]) == 0
+    assert same_bytes(held["base"], held["wrong"]) == 1
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
