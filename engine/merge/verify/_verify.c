@@ -79,7 +79,7 @@ INLINE float round_to(float value, const int kind) {
     uint32_t size = bits & 0x7FFFFFFF;
     uint32_t normal = (size + 0xFFF + ((size >> 13) & 1)) & 0xFFFFE000u;
     uint32_t small = bits_of((number_of(size) + 0.75f) - 0.75f); /* 0.75's last place is 2^-24, the least half */
-    normal = size >= 0x477FF000u && size < 0x7F800000u ? 0x7F800000u : normal; /* 65520 and more */
+    normal = size - 0x477FF000u < 0x7F800000u - 0x477FF000u ? 0x7F800000u : normal; /* 65520 and more: infinite */
     return number_of((size < 0x38800000u ? small : normal) | (bits & 0x80000000u));
 }
 
