@@ -112,6 +112,13 @@ def merge_row(name: str, out: Path, recipe: dict[str, Any], verify: bool = False
     return Row(name, lambda: process(code, [task], out))
 
 
+def verify_row(method: str, made: Path, recipe: dict[str, Any]) -> Row:
+    """Checking a merge of two models, which is made once before and says itself what was asked."""
+    task = {"recipe": {**recipe, "output": {"path": str(made)}}, "verify": False}
+    process(_MERGE, [json.dumps(task)], None)
+    return Row(f"verify that {method}", lambda: process(_VERIFY, [json.dumps({"merged": str(made)})], None))
+
+
 def peer_row(peer: peers.Peer, out: Path | None) -> Row | None:
     if peer.missing:
         print(f"{peer.name}: left out, {peer.missing}", file=sys.stderr)
@@ -194,6 +201,8 @@ def models_group(scratch: Path, with_peers: bool) -> list[Row]:
         recipe = {"method": method, "models": listed, **({"base": str(on)} if on else {})}
         recipe |= {"parameters": parameters} if parameters else {}
         found.append(merge_row(f"{method}, two models", out, recipe))
+        if method != "dare_linear":
+            found.append(verify_row(method, scratch / f"checked-{method}", recipe))
     if with_peers:
         pairs = {label: (path, 0.5) for label, path in paths.items()}
         rows = [
