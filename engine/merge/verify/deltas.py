@@ -70,7 +70,18 @@ def read_deltas(label: str, folder: Path, base: Checkpoint) -> dict[str, Term]:
         terms.setdefault(term.tensor, []).append(term)
     if not terms:
         raise BadAdapterError(f"{file.path} holds no LoRA factors")
-    return {name: parts[0] if len(parts) == 1 else Sum(tuple(parts)) for name, parts in terms.items()}
+    return {name: _joined(parts) for name, parts in terms.items()}
+
+
+def _joined(parts: list[Term]) -> Term:
+    """All that one adapter does to one tensor. Its changes add up, but for DoRA, whose norm is of the whole."""
+    dora = next((part for part in parts if isinstance(part, DoraDelta)), None)
+    if dora is not None and len(parts) > 1:
+        raise BadAdapterError(
+            f"{dora.where}: DoRA on {dora.tensor}, which the adapter also saves whole or changes otherwise",
+            "DoRA on a layer that is also saved whole (a resized embedding) is not verified here",
+        )
+    return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
 
 def _weights(folder: Path) -> Path:

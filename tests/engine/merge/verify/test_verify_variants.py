@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.errors import BadAdapterError
 from engine.jobs.events import EventWriter
 from engine.merge.verify import Verdict, verify_merge
+from engine.merge.verify.deltas import read_deltas
+from engine.weights import Adapter, Checkpoint
 from tests.engine.weights.variants import VARIANT_NAMES, VariantCase, variant
 
 
@@ -71,3 +75,26 @@ def test_the_base_is_not_the_merge(name: str, folder: Path, tmp_path: Path) -> N
         verdict = verify(case, save_merged(wrong, tmp_path / f"merged{number}", torch.float32))
         assert verdict.exit_code == 1
         assert verdict.tensors_wrong == (key,)
+
+
+def test_dora_on_a_layer_that_is_saved_too(folder: Path, tmp_path: Path) -> None:
+    """Its norm would be of the new weight: refused by the tensor's name, by the merge's reader and the verifier's."""
+    case = variant("dora", folder)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(case.adapter, adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    module = next(key for key in tensors if "lora_magnitude_vector" in key).partition(".lora_")[0]
+    name = module.removeprefix("base_model.model.") + ".weight"
+    held = load_file(case.base / "model.safetensors")[name]
+    base = Checkpoint.open(case.base)
+    for saved, refused in ((held, False), (held + 0.01, True)):
+        save_file({**tensors, f"{module}.base_layer.weight": saved}, adapter / "adapter_model.safetensors")
+        if refused:
+            with pytest.raises(BadAdapterError, match=name) as error:
+                read_deltas("x", adapter, base)
+            assert "saved whole" in str(error.value.hint)
+            with pytest.raises(BadAdapterError, match=name) as error:
+                Adapter.open(adapter).match(base)
+            assert "saved whole" in str(error.value.hint)
+        else:  # a copy of the base's own changes nothing
+            assert name in read_deltas("x", adapter, base)
