@@ -168,11 +168,11 @@ def _rounded(
     keep = np.isin(sample.owner, open_)
     part = sample.where(keep)
     thin = part.where(part.thin)
+    weights = [way.weights[:, keep][:, part.thin] for way in ways]
     scored: list[tuple[float, int, Weighting, Rounding]] = []
     for rounding in roundings(part):
-        for way in ways:
-            weights = way.weights[:, keep]
-            hit = thin.equals(rounding.replay(thin, weights[:, part.thin]))
+        for way, some in zip(ways, weights, strict=True):
+            hit = thin.equals(rounding.replay(thin, some))
             scored.append((float(np.mean(hit)), -len(scored), way, rounding))
     _, _, way, rounding = max(scored)  # the first of equals
     hit = part.equals(rounding.replay(part, way.weights[:, keep]))

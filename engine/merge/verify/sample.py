@@ -173,4 +173,7 @@ def _rows(tensor: TensorInfo, stats: TensorStats, count: int) -> Array:
 
 def _values(tensor: TensorInfo, rows: Array) -> Float64Array:
     """Whole rows, float64 (rows, columns)."""
-    return np.concatenate([read_block(tensor, int(row), 1) for row in rows]).astype(np.float64)
+    runs = np.split(
+        rows, np.flatnonzero(np.diff(rows) != 1) + 1
+    )  # rows that follow each other are read at once
+    return np.concatenate([read_block(tensor, int(run[0]), run.size) for run in runs]).astype(np.float64)

@@ -25,6 +25,7 @@ class Sizes:
         self.counts = np.zeros((count, 1 << 15), dtype=np.int64)
         for base, sources in deltas():
             count_sizes(base, sources, self.counts)
+        self._above = [_from_above(counts) for counts in self.counts]
         self.elements = int(self.counts[0].sum()) if count else 0
 
     def thresholds(self, densities: Sequence[float]) -> list[float]:
@@ -36,7 +37,9 @@ class Sizes:
             for base, sources in self._deltas():
                 count_within(base, sources, upper, low)
         return [
-            _outside(density) if found is None else _number(found[0], _at_rank(low[k], found[1])[0])
+            _outside(density)
+            if found is None
+            else _number(found[0], _at_rank(_from_above(low[k]), found[1])[0])
             for k, (density, found) in enumerate(zip(densities, bins, strict=True))
         ]
 
@@ -50,7 +53,7 @@ class Sizes:
 
     def _bin(self, k: int, density: float) -> tuple[int, int] | None:
         keep = max(1, int(density * self.elements)) if density > 0 else 0
-        return None if density >= 1 or keep == 0 else _at_rank(self.counts[k], keep)
+        return None if density >= 1 or keep == 0 else _at_rank(self._above[k], keep)
 
 
 def _outside(density: float) -> float:
@@ -61,9 +64,14 @@ def _number(upper: int, lower: int) -> float:
     return float(np.array([(upper << 16) | lower], dtype=np.uint32).view(np.float32)[0])
 
 
-def _at_rank(counts: Array, rank: int) -> tuple[int, int]:
-    """The bin that holds the `rank`-th largest (1 is the largest), and its rank within the bin."""
-    above = np.cumsum(counts[::-1])
+def _from_above(counts: Array) -> Array:
+    return np.cumsum(counts[::-1])
+
+
+def _at_rank(above: Array, rank: int) -> tuple[int, int]:
+    """The bin that holds the `rank`-th largest (1 is the largest), and its rank within the bin.
+
+    `above` counts how many lie in the last bin, in the last two, and so on.
+    """
     place = int(np.searchsorted(above, rank))
-    index = len(counts) - 1 - place
-    return index, rank - (int(above[place]) - int(counts[index]))
+    return len(above) - 1 - place, rank - (int(above[place - 1]) if place else 0)
