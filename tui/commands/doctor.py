@@ -41,7 +41,7 @@ from engine.merge.kernel import compiled, host_kernel
 from engine.merge.verify import quick
 path = compiled.find_library()
 print(json.dumps({"name": host_kernel().name, "compiled": host_kernel().compiled,
-  "verify": quick._library() is not None, "library": str(path or ""),
+  "verify": quick.compiled() is not None, "library": str(path or ""),
   "plain": os.environ.get("MEDMERGE_KERNEL") == "plain"}))
 """
 _LLAMA = """
