@@ -66,6 +66,7 @@ def run_plan(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """params: merged, base, adapters {label: path}, weights {label: number} or None, manifest (bool).
 
+    `models` {label: path} instead of adapters are full models, seen from the base, or without one from the first.
     With `recipe` (a recipe document) it says what was asked, by any method; without that and without a base the
     merge's own manifest does. With `manifest` only the hashes of an earlier merge are checked, and nothing else is
     needed.
@@ -79,6 +80,8 @@ def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         from engine.merge.again import verify_recipe
 
         return verify_recipe(Path(params["merged"]), params["recipe"], events)
+    if params.get("models"):
+        return _verify_models(params, events)
     if not params.get("base"):
         from engine.merge.again import verify_again
 
@@ -91,6 +94,19 @@ def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         {label: Path(path) for label, path in params["adapters"].items()},
         params.get("weights"),
         events,
+    )
+    return {**verdict.to_json(), "exit_code": verdict.exit_code}
+
+
+def _verify_models(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
+    from engine.merge.verify import Asked, verify_merge
+
+    models = {label: Path(path) for label, path in params["models"].items()}
+    base = Path(params["base"]) if params.get("base") else None
+    weights = params.get("weights")
+    asked = Asked.of_models(models, weights or {}, from_base=base is not None)
+    verdict = verify_merge(
+        Path(params["merged"]), base, {}, None, events, asked=asked, known=weights is not None
     )
     return {**verdict.to_json(), "exit_code": verdict.exit_code}
 

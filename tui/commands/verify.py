@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import BadRecipeError
 from engine.jobs import JobSpec
+from engine.workspace import Workspace
 from tui.commands.common import Commands, command_line, existing_path, labelled, run_job, table, workspace_of
 from tui.commands.merge import recipe_from_file
 from tui.safe_text import plain
@@ -22,12 +24,13 @@ def add_parser(commands: Commands) -> None:
         description="Reads a merged folder or a GGUF file back and compares every element with what the weights "
         "ask for, a GGUF's within the bound of its types. Exit code 0: every element is right; 1: it is not what "
         "was asked, and the findings say how; 4: it could not tell. A folder alone is held against its own "
-        "medmerge.json, whatever the method, or against --recipe. Adapters without weights: it answers what is in "
-        "there. A GGUF with --base alone is compared with that checkpoint.",
+        "medmerge.json, whatever the method, or against --recipe. Adapters or models without weights: it answers "
+        "what is in there. A GGUF with --base alone is compared with that checkpoint.",
         examples=(
             "  medmerge verify merges/m\n"
             "  medmerge verify merges/m --base B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7\n"
             "  medmerge verify merges/m --base B --adapter pt=adapters/pt --adapter sft=adapters/sft\n"
+            "  medmerge verify merges/m --model a=models/A --model b=models/B\n"
             "  medmerge verify merges/m --recipe mergekit.yaml\n"
             "  medmerge verify m.gguf --base B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7\n"
             "  medmerge verify m.gguf --base merges/m\n"
@@ -47,6 +50,13 @@ def add_parser(commands: Commands) -> None:
         help="an adapter and the weight asked of it; give all weights, or none to ask what is in there",
     )
     parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="LABEL=DIR[:WEIGHT]",
+        help="a full model instead: base + sum of weight * (model - base), or without --base their weighted mean",
+    )
+    parser.add_argument(
         "--recipe", metavar="FILE", help="a recipe or mergekit config that says what was asked, by any method"
     )
     parser.add_argument(
@@ -63,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     if merged.is_file() and not args.manifest:
         return _run_gguf(args, merged)
     params: dict[str, Any] = {"merged": str(merged), "manifest": bool(args.manifest)}
-    alone = not args.base and not args.adapter  # then its own manifest says what was asked
+    alone = not args.base and not args.adapter and not args.model  # then its own manifest says what was asked
     if args.recipe:
         if not alone or args.manifest:
             raise BadRecipeError(
-                "--recipe says all that is asked", "leave --base, --adapter and --manifest out"
+                "--recipe says all that is asked", "leave --base, --adapter, --model and --manifest out"
             )
         params["recipe"] = recipe_from_file(Path(args.recipe), workspace.root, str(merged) + ".asked")
     elif not args.manifest and not alone:
@@ -87,6 +97,12 @@ def _run_gguf(args: argparse.Namespace, file: Path) -> int:
 
 def _question(args: argparse.Namespace, adapters_needed: bool = True) -> dict[str, Any]:
     """base, adapters and weights (None when none was given)."""
+    if args.model:
+        if args.adapter or not adapters_needed:
+            raise BadRecipeError("--model stands for itself: no --adapter, and no GGUF, goes with it")
+        models, weights = _labelled(args.model, "--model", "model", workspace_of(args))
+        base = {"base": str(existing_path(args.base, workspace_of(args), "base"))} if args.base else {}
+        return {**base, "models": models, "weights": weights}
     if not args.base and not adapters_needed:
         raise BadRecipeError(
             "verifying a GGUF needs --base",
@@ -98,22 +114,31 @@ def _question(args: argparse.Namespace, adapters_needed: bool = True) -> dict[st
             "for example: --base bases/B --adapter pt=adapters/pt:0.3 --adapter sft=adapters/sft:0.7",
         )
     workspace = workspace_of(args)
-    adapters: dict[str, str] = {}
+    adapters, weights = _labelled(args.adapter, "--adapter", "adapter", workspace)
+    return {
+        "base": str(existing_path(args.base, workspace, "base")), "adapters": adapters, "weights": weights,
+    }  # fmt: skip
+
+
+def _labelled(
+    texts: Sequence[str], flag: str, what: str, workspace: Workspace
+) -> tuple[dict[str, str], dict[str, float] | None]:
+    """Paths and weights by label; None where no weight was given."""
+    paths: dict[str, str] = {}
     weights: dict[str, float] = {}
-    for text in args.adapter:
-        label, path, weight = labelled(text)
-        if label in adapters:
-            raise BadRecipeError(f"two adapters are labelled {label}", "give each its own label")
-        adapters[label] = str(existing_path(path, workspace, "adapter"))
+    for text in texts:
+        label, path, weight = labelled(text, flag)
+        if label in paths:
+            raise BadRecipeError(f"two {what}s are labelled {label}", "give each its own label")
+        paths[label] = str(existing_path(path, workspace, what))
         if weight is not None:
             weights[label] = weight
-    if weights and len(weights) != len(adapters):
-        missing = ", ".join(label for label in adapters if label not in weights)
+    if weights and len(weights) != len(paths):
+        missing = ", ".join(label for label in paths if label not in weights)
         raise BadRecipeError(
-            f"{missing} has no weight and others have", "give every adapter a weight, or none of them"
+            f"{missing} has no weight and others have", f"give every {what} a weight, or none of them"
         )
-    base = str(existing_path(args.base, workspace, "base"))
-    return {"base": base, "adapters": adapters, "weights": weights or None}
+    return paths, weights or None
 
 
 def render(result: dict[str, Any]) -> str:

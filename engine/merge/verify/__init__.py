@@ -10,7 +10,7 @@ orientation, sums and rounding are written again here, plainly, so that a bug in
     terms        low-rank changes, dense by blocks and exact by elements; whole: tensors, biases, DoRA
     tokens       vocabularies that differ: rows by token
     formulas     every method's value and what may go either way; threshold, draws: TIES' and DARE's numbers
-    measure      one tensor of a linear merge of plain LoRA; dense: any other
+    measure      one tensor of a linear merge of plain LoRA; dense: any other, by blocks (comparison)
     stats        what measuring gives; bits, rounding: stored numbers; quick: the compiled loops (_verify.c)
     fit          weights, residuals and identifiability from those measurements
     files        tensors, shards, config, tokenizer and chat template

@@ -7,7 +7,7 @@ It goes through JSON unchanged.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,20 @@ class Asked:
             for label, path in adapters.items()
         )
         return cls("linear", entries)
+
+    @classmethod
+    def of_models(cls, models: Mapping[str, Path], weights: Mapping[str, float], from_base: bool) -> Asked:
+        """Full models: W + sum of weight * (X - W), or without a base the mean sum of weight * X / sum of weights."""
+        entries = tuple(
+            AskedEntry(label, path, "model", {DEFAULT: weights.get(label, 0.0)})
+            for label, path in models.items()
+        )
+        return cls("task_arithmetic" if from_base else "linear", entries)
+
+    def weighted(self, weights: Mapping[str, float]) -> Asked:
+        """The same at other weights, one a label."""
+        entries = (replace(entry, weight={DEFAULT: weights[entry.label]}) for entry in self.entries)
+        return replace(self, entries=tuple(entries))
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ def verify_merge(
     allow_extra_files: Sequence[str] = (),
     threads: int | None = None,
     asked: Asked | None = None,
+    known: bool = True,
 ) -> Verdict:
     """Say whether `merged` is what was asked, and which weights are really in it.
 
@@ -64,6 +65,7 @@ def verify_merge(
         allow_extra_files: glob patterns of weight files that may lie in the merged folder.
         threads: how many tensors at once; by default the number of processors, 8 at most.
         asked: what was asked, in full.
+        known: False where `asked` (a linear method) only says what may be in there, and the weights are to be found.
 
     Raises:
         BadModelError, BadTensorFileError, BadAdapterError: an input that cannot be read, or an adapter of
@@ -71,8 +73,8 @@ def verify_merge(
         BadRecipeError: weights for labels without an adapter, or the other way round; numbers without meaning.
     """
     started = time.monotonic()
-    known = asked is not None or weights is not None
     if asked is None:
+        known = weights is not None
         _check_labels(adapters, weights, per_tensor_weights)
         asked = Asked.mixture(adapters, weights or {}, per_tensor_weights)
     models = open_models(merged, base, asked)
@@ -86,7 +88,9 @@ def verify_merge(
     if not known:
         look = _measure(models, structure, asked, events, threads, "look")
         guess = guess_weights(look, models.base, models.merged, models.labels)
-        asked = Asked.mixture(adapters, guess.weights)
+        if models.implied is not None:
+            guess = guess.with_rest(models.implied, asked.labels)
+        asked = asked.weighted(guess.weights)
     stats = _measure(models, structure, asked, events, threads, "check")
     evidence = Evidence(
         models.base,

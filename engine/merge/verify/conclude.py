@@ -230,11 +230,12 @@ def _visible(evidence: Evidence) -> list[Finding]:
 
 
 def _nothing_asked(evidence: Evidence) -> bool:
-    """The reference itself was asked for: every weight is 0, or it is one end of a slerp."""
+    """The reference itself was asked for: every other weight is 0, or it is one end of a slerp."""
     spec, names = evidence.spec, [tensor.name for tensor in evidence.stats]
     if spec.method == "slerp":
         return spec.entries[0].path == evidence.base.folder and not any(spec.t_of(name) for name in names)
-    return not any(entry.weight_of(name) for entry in spec.entries for name in names)
+    others = [entry for entry in spec.entries if entry.label != evidence.implied]
+    return not any(entry.weight_of(name) for entry in others for name in names)
 
 
 def _identifiable(evidence: Evidence, whole: Fit) -> list[Finding]:
@@ -312,7 +313,7 @@ def _message(evidence: Evidence, whole: Fit, findings: Sequence[Finding]) -> str
         where = f"found {found} where {asked} was asked ({names})"
     else:
         assert evidence.guess is not None
-        guess = " / ".join(f"{evidence.guess.weights[label]:g}" for label in evidence.labels)
+        guess = " / ".join(f"{evidence.guess.weights[label]:g}" for label in evidence.spec.labels)
         if not findings:
             return f"the merge holds {names} at {guess}, and every element is right for these weights"
         where = f"found {found} ({names})"

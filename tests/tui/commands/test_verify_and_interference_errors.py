@@ -83,6 +83,14 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2) 
         (["merges/m", *BASE, "--adapter", "adapters/pt"], "is not LABEL=PATH"),
         (["merges/m", *BASE, *ADAPTERS[:2], *ADAPTERS[:2]], "two adapters are labelled pt"),
         (["merges/m", *BASE, *ADAPTERS[:2], "--adapter", "sft=adapters/sft"], "sft has no weight"),
+        (["merges/m", "--model", "a=bases/none"], "model bases/none does not exist"),
+        (["merges/m", "--model", "a=bases/tiny", *ADAPTERS], "--model stands for itself"),
+        (["merges/m", "--model", "a=bases/tiny:1", "--model", "b=bases/tiny"], "b has no weight"),
+        (
+            ["merges/m", "--model", "a=bases/tiny", "--model", "b=bases/wide"],
+            "[384, 96], and BF16 [384, 64] in",
+        ),
+        (["merges/m", "--model", "a=bases/tiny", "--recipe", "r.yaml"], "--recipe says all that is asked"),
         (["merges/m/config.json", "--manifest"], "config.json.json is missing"),
         (["bases/tiny", "--manifest"], "medmerge.json is missing"),
         (["adapters", *BASE, *ADAPTERS], "config.json is missing"),
@@ -95,6 +103,30 @@ def test_verify_refuses_wrong_questions(
     filled: Workspace, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
 ) -> None:
     assert says in refused(capsys, ["verify", *argv])
+
+
+@pytest.mark.parametrize("base", [[], BASE], ids=["mean", "from the base"])
+def test_what_is_in_a_merge_of_models(
+    filled: Workspace, capsys: pytest.CaptureFixture[str], base: list[str]
+) -> None:
+    """Without weights they are found; with them they are checked, and wrong ones are named."""
+    build_model("llama", filled.bases / "a", seed=5)
+    build_model("llama", filled.bases / "b", seed=6)
+    pair = ["--model", "a=bases/a", "--model", "b=bases/b"]
+    given = ["--model", "a=bases/a:0.25", "--model", "b=bases/b:0.75"]
+    document = {"method": "soup", "models": {}, "output": {"path": str(filled.merges / "soup")}}
+    for label, weight in (("a", 0.25), ("b", 0.75)):
+        document["models"][label] = {"path": str(filled.bases / label), "weight": weight}
+    (filled.root / "soup.json").write_text(json.dumps(document))
+    assert main(["merge", str(filled.root / "soup.json"), "--no-verify"]) == 0
+    for models, code in ((pair, 0), (given, 0), ([given[0], "a=bases/a:0.75", *given[2:]], 1)):
+        capsys.readouterr()
+        assert main(["verify", "merges/soup", *models, *base, "--json"]) == code
+        verdict = json.loads(capsys.readouterr().out)
+        assert verdict["effective_weights"] == pytest.approx({"a": 0.25, "b": 0.75}, abs=0.01)
+        assert verdict["guessed_weights"] == (
+            pytest.approx({"a": 0.25, "b": 0.75}) if models is pair else None
+        )
 
 
 def truncate(path: Path) -> None:

@@ -306,6 +306,44 @@ def test_soup_of_three(make_models: MakeModels) -> None:
     assert verdict.effective_weights == pytest.approx({"pt": 1 / 8, "sft": 2 / 8, "third": 5 / 8}, abs=1e-3)
 
 
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [
+        (torch.bfloat16, {"pt": 0.3, "sft": 0.7}),
+        (torch.float16, {"pt": 0.35, "sft": 0.65}),
+        (torch.bfloat16, {"pt": 1 / 3, "sft": 1 / 3, "third": 1 / 3}),
+        (torch.float32, {"pt": 1.0, "sft": 0.0}),
+    ],
+)
+def test_what_is_in_a_soup(
+    make_models: MakeModels, with_base: bool, dtype: torch.dtype, weights: dict[str, float]
+) -> None:
+    models = make_models(len(weights))
+    folder = save_model(models.root / "m", merged_models(models, Setting("soup", weights), dtype, with_base))
+    asked = Asked.of_models(models.paths(), {}, from_base=with_base)
+    base = models.folder("base") if with_base else None
+    verdict = verify_merge(folder, base, {}, None, EventWriter(), asked=asked, known=False)
+    assert verdict.ok, verdict.message
+    assert verdict.asked is None
+    assert verdict.guessed == pytest.approx(weights, abs=1e-9)
+    assert verdict.effective_weights == pytest.approx(verdict.expected_weights, abs=1e-3)
+    assert verdict.effective_weights == pytest.approx(weights, abs=0.02)
+
+
+def test_what_is_no_soup_of_these(make_models: MakeModels) -> None:
+    """A model that is none of theirs, and one that is half in there: a guess never makes a wrong merge right."""
+    models = make_models(3)
+    right = merged_models(
+        models, Setting("soup", {"pt": 0.3, "sft": 0.3, "third": 0.4}), torch.bfloat16, False
+    )
+    folder = save_model(models.root / "m", right)
+    asked = Asked.of_models(models.paths("pt", "sft"), {}, from_base=False)
+    verdict = verify_merge(folder, None, {}, None, EventWriter(), asked=asked, known=False)
+    assert verdict.exit_code == 1
+    assert verdict.verdict == "unknown_delta", verdict.message
+
+
 def test_equal_weights_cannot_be_swapped(make_models: MakeModels) -> None:
     models = make_models(3)
     setting = Setting("soup", weights=dict.fromkeys(models.models, 1.0))  # thirds, which no float holds
