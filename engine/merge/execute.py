@@ -50,10 +50,7 @@ def merge(
     ggufs = gguf_files(recipe)
     started = time.monotonic()
     refuse_existing(recipe.output)
-    plan = make_plan(recipe)
-    refuse_broken_adapters(plan)
-    for warning in plan.warnings:
-        events.warning(warning)
+    plan = _planned(recipe, events)
     out, verdict = recipe.output, None
     with new_folder(recipe.output, resume=True) as partial:
         mark = fingerprint(recipe.to_dict(), plan.input_files, {"kernel": kernel().name})
@@ -87,6 +84,15 @@ def merge(
         "verdict": verdict,
         "exit_code": exit_code,
     }
+
+
+def _planned(recipe: Recipe, events: EventWriter) -> Plan:
+    """The plan of a recipe whose adapters were read and are whole; its warnings are told."""
+    plan = make_plan(recipe)
+    refuse_broken_adapters(plan)
+    for warning in plan.warnings:
+        events.warning(warning)
+    return plan
 
 
 def worst(codes: list[int]) -> int:
@@ -124,10 +130,7 @@ def _only_ggufs(recipe: Recipe, events: EventWriter, verify: bool, threads: int 
     """
     started = time.monotonic()
     files = gguf_files(recipe)
-    plan = make_plan(recipe)
-    refuse_broken_adapters(plan)
-    for warning in plan.warnings:
-        events.warning(warning)
+    plan = _planned(recipe, events)
     written = _write_ggufs(_mixture(plan), files, events, verify, threads)
     records = []
     for file in written:
@@ -251,10 +254,7 @@ def _merge_adapters(recipe: Recipe, events: EventWriter, verify: bool) -> dict[s
     from engine.merge.combine import combine
 
     refuse_existing(recipe.output)
-    plan = make_plan(recipe)
-    refuse_broken_adapters(plan)
-    for warning in plan.warnings:
-        events.warning(warning)
+    plan = _planned(recipe, events)
     assert recipe.base is not None
     return combine(recipe.base, _shares(plan), recipe.output, events, recipe.rank, recipe.to_dict(), verify)
 

@@ -48,12 +48,11 @@ def open_inputs(recipe: Recipe) -> Inputs:
     for label, adapter in adapters.items():
         changes[label] = dict(adapter.changes(reference))
     for label, model in models.items():
-        itself = recipe.base is not None and model.folder.resolve() == reference.folder.resolve()
-        if itself and recipe.method in NEEDS_BASE:
+        if model is reference and recipe.method in NEEDS_BASE:
             raise BadRecipeError(
                 f"model {label} is the base itself ({model.folder})", "it changes nothing: leave it out"
             )
-        if model is reference or (recipe.base is None and label == recipe.models[0].label):
+        if model is reference:
             changes[label] = {}
         else:
             changes[label], moved = _compare(recipe, reference, label, model)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from engine.errors import BadRecipeError
 from engine.merge.inputs import Inputs
 from engine.merge.layout import Part
-from engine.merge.recipe import Entry, Recipe
-from engine.merge.selectors import DEFAULT, Spec, level_at, matches, resolve
+from engine.merge.recipe import LINEAR, Entry, Recipe
+from engine.merge.selectors import DEFAULT, Spec, level_at, matching, resolve
 
 
 def densities(entry: Entry, recipe: Recipe, names: Sequence[str], layers: int) -> dict[str, float]:
@@ -24,12 +24,10 @@ def t_of(recipe: Recipe, inputs: Inputs, layers: int) -> dict[str, float]:
 
 
 def _lenient(spec: Spec, name: str, layers: int, what: str) -> float:
-    winner = DEFAULT if DEFAULT in spec else None
-    for selector in spec:
-        if selector != DEFAULT and matches(selector, name):
-            winner = selector
-    if winner is None:
+    found = matching(spec, name)
+    if not found and DEFAULT not in spec:
         raise BadRecipeError(f"parameters.{what} gives {name} no number", "add `default: NUMBER` to it")
+    winner = found[-1] if found else DEFAULT
     return level_at(spec[winner], winner, name, layers)
 
 
@@ -43,7 +41,7 @@ def counted(
     """
     weights = {label: dict(own) for label, own in asked.items()}
     base_weights: dict[str, float] = {}
-    if recipe.method not in ("linear", "task_arithmetic", "soup", "dare_linear"):
+    if recipe.method not in (*LINEAR, "dare_linear"):
         return weights, base_weights
     for name in dict.fromkeys(name for own in weights.values() for name in own):
         having = [own for own in weights.values() if name in own]

@@ -52,6 +52,11 @@ def matches(selector: str, tensor_name: str) -> bool:
     return fnmatchcase(tensor_name, selector) or fnmatchcase(tensor_name.removesuffix(".weight"), selector)
 
 
+def matching(spec: Mapping[str, Level], tensor_name: str) -> list[str]:
+    """The selectors of a spec that cover a tensor, in the order written; the last one wins over `default`."""
+    return [selector for selector in spec if selector != DEFAULT and matches(selector, tensor_name)]
+
+
 def check_selector(selector: str, where: str) -> None:
     """Raise BadRecipeError for a selector that can never mean anything."""
     layers = _LAYERS.fullmatch(selector.strip())
@@ -83,14 +88,13 @@ def resolve(
     decided = dict.fromkeys(spec, 0)
     matched = dict.fromkeys(spec, False)
     for name in names:
-        winner = DEFAULT if DEFAULT in spec else None
-        for selector in spec:
-            if selector != DEFAULT and matches(selector, name):
-                winner, matched[selector] = selector, True
-        if winner is None:
+        found = matching(spec, name)
+        matched |= dict.fromkeys(found, True)
+        if not found and DEFAULT not in spec:
             raise BadRecipeError(
                 f"{label}: no selector gives {name} a {what}", f"add `default: NUMBER` to its {what}"
             )
+        winner = found[-1] if found else DEFAULT
         chosen[name] = level_at(spec[winner], winner, name, layers)
         decided[winner] += 1
     for selector, hit in matched.items():

@@ -25,7 +25,7 @@ from engine.merge.files import OpenFiles
 from engine.merge.kernel import kernel
 from engine.merge.kernel.plain import HIGH_BINS, LOW_BINS, Buffer, Float32, Float64, Int64, Packed
 from engine.merge.layout import Part, TensorPlan, longer
-from engine.merge.recipe import Recipe
+from engine.merge.recipe import LINEAR, Recipe
 from engine.merge.terms import Loaded, load, stack
 from engine.weights.changes import Dora
 
@@ -50,7 +50,7 @@ class Work:
         """`blocks`: how many of them `gather` will see in each pass."""
         self.tensor, self.recipe = tensor, recipe
         self._files, self._blocks = files, blocks
-        self._method = "linear" if recipe.method in ("linear", "task_arithmetic", "soup") else recipe.method
+        self._method = "linear" if recipe.method in LINEAR else recipe.method
         self._parts: list[Loaded] = []
         self._coefficient = tensor.base_weight
         self._packed: list[Packed] = []  # one, or one for each expert
