@@ -30,6 +30,9 @@ PACKABLE = (*TEXT_SUFFIXES, ".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # rea
 BESIDE = ("readme", "license", "licence", "notice", "sources")
 
 
+RECORDS = (".json", ".parquet", ".xlsx")  # formats whose rows have a number, not a line
+
+
 @dataclass(frozen=True)
 class Row:
     """One record: where it stands and what its columns hold.
@@ -48,7 +51,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        return f"{self.file}, line {self.line}"
+        return place(self.file, self.line)
 
 
 def read_rows(path: Path, *, split: str = "auto") -> Iterator[Row]:
@@ -88,6 +91,11 @@ def data_files(path: Path) -> list[Path]:
     if not files:
         raise BadDataError(f"{path} holds no readable data file", f"known formats: {known()}")
     return files
+
+
+def place(file: Path, line: int) -> str:
+    """Where a row stands, for messages."""
+    return f"{file}, {'record' if _format(file) in RECORDS else 'line'} {line}"
 
 
 def known() -> str:
