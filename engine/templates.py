@@ -14,6 +14,7 @@ Three ways to deal with Qwen3's thinking, and none of them is "thinking disabled
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,15 @@ from engine.errors import BadInputError, BadModelError, BadRecipeError
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 EMPTY_THINK = "<think>\n\n</think>\n\n"
-_THINK_BLOCK = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
+THINK, END_THINK = "<think>", "</think>"
+_MARK = re.compile(r"<\|[^|<>\s]+\|>|</?think>|<(?:start|end)_of_turn>")
+_EXAMPLE = (
+    {"role": "system", "content": "(system)"},
+    {"role": "user", "content": "(question 1)"},
+    {"role": "assistant", "content": "(answer 1)"},
+    {"role": "user", "content": "(question 2)"},
+    {"role": "assistant", "content": "(answer 2)"},
+)
 ROLES = ("system", "user", "assistant")
 
 
@@ -62,44 +71,69 @@ class ChatTemplate:
         """The text to generate from: all turns, then an opened assistant's turn."""
         return self._turns(check(messages)) + self.opening + self.prefill
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """The conversation as alternating prompt and answer pieces; it must end with an assistant's turn.
+    def segments(self, messages: Sequence[Message], *, last_only: bool = False) -> list[Segment]:
+        """The conversation as prompt and answer pieces; it must end with an assistant's turn.
 
-        Joined, the pieces are the text a model is trained on; each answer piece holds its closing mark.
+        Joined, the pieces are the text a model is trained on; an answer holds its closing mark. Every answer keeps
+        its think block, whichever turn it belongs to; with `last_only` the earlier turns stand as they do at
+        inference (`qwen3`: without their blocks). An empty think block put before an answer is a piece of its
+        own, since it is tokenised apart.
         """
-        turns = check(messages)
-        if not turns or turns[-1]["role"] != "assistant":
-            raise BadInputError("a conversation to train on must end with an assistant's turn")
+        turns = _to_train_on(messages)
         found: list[Segment] = []
+        waiting = self.begin
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant":
+                waiting += self._asked(turn)
                 continue
-            before = self.prompt(turns[:index])
-            done = "".join(segment.text for segment in found)
-            if not before.startswith(done):  # an old turn is rendered without its think block
-                found = [Segment(before, False)]
+            if last_only and index < len(turns) - 1:
+                prefill, prefix, content = "", "", self._old(turn["content"])
             else:
-                found.append(Segment(before[len(done) :], False))
-            found.append(Segment(self._answer(turn["content"]) + self.closing, True))
+                prefill, prefix, content = self.prefill, *self._answer(turn["content"])
+            found.append(Segment(waiting + self.opening + prefill, False))
+            if prefix:
+                found.append(Segment(prefix, True))
+            found.append(Segment(content + self.closing, True))
+            waiting = ""
         return found
 
-    def _answer(self, content: str) -> str:
+    def _answer(self, content: str) -> tuple[str, str]:
+        """(what is put before an answer that is trained on, the answer)."""
         if self.prefill:
-            return _THINK_BLOCK.sub("", content)
-        return content if _THINK_BLOCK.match(content) else self.answer_prefix + content
+            return "", _without_think(content).lstrip("\n")
+        thinks = THINK in content or END_THINK in content
+        return "" if thinks else self.answer_prefix, content
+
+    def _old(self, content: str) -> str:
+        return _without_think(content) if self.strip_old_think else content
+
+    def _asked(self, turn: Message) -> str:
+        before, after = (self.system if turn["role"] == "system" else self.user).split("{content}")
+        return before + turn["content"] + after
 
     def _turns(self, turns: Sequence[Message]) -> str:
         parts = [self.begin]
         last_user = max((n for n, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
         for index, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                old = self.strip_old_think and index < last_user
-                content = _THINK_BLOCK.sub("", turn["content"]) if old else turn["content"]
+                content = self._old(turn["content"]) if index < last_user else turn["content"]
                 parts += [self.opening, content, self.closing]
             else:
-                before, after = (self.system if turn["role"] == "system" else self.user).split("{content}")
-                parts += [before, turn["content"], after]
+                parts.append(self._asked(turn))
         return "".join(parts)
+
+    def marks(self) -> tuple[str, ...]:
+        """The control marks it writes (`<|im_start|>`, `<think>`, ...), each once."""
+        pieces = (
+            self.begin,
+            self.system,
+            self.user,
+            self.opening,
+            self.prefill,
+            self.answer_prefix,
+            self.closing,
+        )
+        return tuple(dict.fromkeys(mark for piece in pieces for mark in _MARK.findall(piece)))
 
 
 @dataclass(frozen=True)
@@ -138,15 +172,17 @@ class ModelTemplate:
         """The text to generate from."""
         return self._render(messages, open_answer=True)
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+    def segments(self, messages: Sequence[Message], *, last_only: bool = False) -> list[Segment]:
         """As ChatTemplate.segments. Found by rendering with and without each answer and taking the difference.
 
-        Raises BadInputError when the template rewrites what came before an answer, so that no clean border exists.
+        Where the template rewrites earlier answers (takes their think blocks away), those become part of the
+        prompt: only what stands unchanged at the end can be trained on. `last_only` changes nothing: a model's
+        template always writes earlier turns as at inference. Raises BadInputError when the template rewrites
+        what came before an answer once it is there, so that no clean border exists.
         """
-        turns = check(messages)
-        if not turns or turns[-1]["role"] != "assistant":
-            raise BadInputError("a conversation to train on must end with an assistant's turn")
+        turns = _to_train_on(messages)
         found: list[Segment] = []
+        done = ""
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
@@ -157,13 +193,20 @@ class ModelTemplate:
                     "the model's chat template changes the prompt once the answer is there; it cannot be trained on",
                     "choose a built-in template, for example qwen3_nothink",
                 )
-            done = "".join(segment.text for segment in found)
-            if before.startswith(done):
-                found.append(Segment(before[len(done) :], False))
-            else:
-                found = [Segment(before, False)]
-            found.append(Segment(after[len(before) :], True))
+            if not before.startswith(done):
+                found, done = [], ""
+            found += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
+            done = after
         return found
+
+    def marks(self) -> tuple[str, ...]:
+        """The control marks it writes in a plain conversation, and its end of turn; each once."""
+        try:
+            text = self._render(_EXAMPLE, open_answer=False)
+        except BadInputError:  # one that takes no system turn
+            text = self._render(_EXAMPLE[1:], open_answer=False)
+        ends = [mark for mark in self.stop if mark in text]
+        return tuple(dict.fromkeys([*_MARK.findall(text), *ends]))
 
 
 Template = ChatTemplate | ModelTemplate
@@ -275,6 +318,46 @@ def render(
     if answer_open:
         return chosen.prompt(messages)
     return "".join(segment.text for segment in chosen.segments(messages))
+
+
+def describe(template: Template) -> dict[str, Any]:
+    """{"name", "text", "stop", "sha256"} for a manifest; two templates with the same hash write the same texts.
+
+    `text` is the Jinja text of a model's own template (with "options", such as enable_thinking, where it has any),
+    or the pieces of a built-in one and the example conversation they make.
+    """
+    if isinstance(template, ModelTemplate):
+        text, options = template.jinja, dict(template.options)
+    else:
+        keys = (
+            "begin",
+            "system",
+            "user",
+            "opening",
+            "prefill",
+            "answer_prefix",
+            "closing",
+            "strip_old_think",
+        )
+        pieces = [f"{key} = {json.dumps(getattr(template, key), ensure_ascii=False)}" for key in keys]
+        text, options = "\n".join([*pieces, "", render(template, _EXAMPLE, answer_open=False)]), {}
+    hashed = json.dumps([text, options, template.stop], ensure_ascii=False, sort_keys=True)
+    found: dict[str, Any] = {"name": template.name, "text": text, "stop": list(template.stop)}
+    if options:
+        found["options"] = options
+    return {**found, "sha256": hashlib.sha256(hashed.encode()).hexdigest()}
+
+
+def _without_think(content: str) -> str:
+    """An answer as Qwen3's template shows it later: what follows the last think block, else all of it."""
+    return content.split(END_THINK)[-1].lstrip("\n") if END_THINK in content else content
+
+
+def _to_train_on(messages: Sequence[Message]) -> Sequence[Message]:
+    turns = check(messages)
+    if not turns or turns[-1]["role"] != "assistant":
+        raise BadInputError("a conversation to train on must end with an assistant's turn")
+    return turns
 
 
 def _json(path: Path) -> dict[str, Any]:

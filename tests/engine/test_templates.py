@@ -43,9 +43,64 @@ def test_old_think_blocks_are_stripped_where_the_model_does_so() -> None:
     again = {"role": "user", "content": "Sure?"}
     assert "pondering" not in templates.render("qwen3", [USER, thought, again])
     assert "pondering" in templates.render("qwen3_nothink", [USER, thought, again])
-    pieces = templates.load("qwen3").segments([USER, thought, again, ANSWER])
+    turns = [USER, thought, again, ANSWER]
+    last = templates.load("qwen3").segments(turns, last_only=True)
+    assert [piece.answer for piece in last] == [False, True, False, True, True]
+    assert [piece.text for piece in last if piece.answer] == [
+        "A disease.<|im_end|>\n",
+        "<think>\n\n</think>\n\n",
+        "A disease.<|im_end|>\n",
+    ]
+    each = templates.load("qwen3").segments(turns)
+    assert next(piece.text for piece in each if piece.answer) == f"{thought['content']}<|im_end|>\n"
+    prefilled = templates.load("qwen3_empty_think").segments(turns)
+    assert [piece.answer for piece in prefilled] == [False, True, False, True]
+    assert all(piece.text.endswith("<think>\n\n</think>\n\n") for piece in prefilled if not piece.answer)
+    assert "pondering" not in "".join(piece.text for piece in prefilled)
+
+
+def test_a_models_template_that_rewrites_history_trains_the_last_answer() -> None:
+    rewriting = templates.from_jinja(
+        "{% for turn in messages %}<|im_start|>{{ turn.role }}\n"
+        "{{ turn.content if loop.last else turn.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        {"eos_token": "<|im_end|>"},
+    )
+    thought = {"role": "assistant", "content": "<think>ponder</think>A disease."}
+    pieces = rewriting.segments([USER, thought, USER, ANSWER])
     assert [piece.answer for piece in pieces] == [False, True]
-    assert pieces[1].text == "<think>\n\n</think>\n\nA disease.<|im_end|>\n"
+    assert "ponder" not in pieces[0].text and pieces[0].text.count("A disease.") == 1
+
+
+def test_marks_are_what_the_template_writes() -> None:
+    assert templates.load("chatml").marks() == ("<|im_start|>", "<|im_end|>")
+    assert templates.load("llama3").marks()[0] == "<|begin_of_text|>"
+    assert set(templates.load("qwen3").marks()) == {"<|im_start|>", "<|im_end|>", "<think>", "</think>"}
+    no_system = templates.from_jinja(
+        "{% for turn in messages %}{% if turn.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ turn.role }}]{{ turn.content }}</s>{% endfor %}",
+        {"eos_token": "</s>"},
+    )
+    assert no_system.marks() == ("</s>",)
+
+
+def test_descriptions_tell_templates_apart() -> None:
+    described = {name: templates.describe(template) for name, template in templates.BUILTIN.items()}
+    assert all(found["name"] == name for name, found in described.items())
+    assert described["qwen3"]["stop"] == ["<|im_end|>"]
+    text = described["qwen3_empty_think"]["text"]
+    assert "prefill = " in text and text.endswith("<think>\n\n</think>\n\n(answer 2)<|im_end|>\n")
+    thinking = [
+        described[name]["sha256"] for name in ("qwen3", "qwen3_empty_think", "qwen3_nothink", "llama3")
+    ]
+    assert len(set(thinking)) == 4
+    assert described["chatml"]["sha256"] == described["qwen3_nothink"]["sha256"]  # they write the same
+    own = templates.from_jinja("{{ messages[0].content }}", {"eos_token": "</s>"})
+    off = templates.from_jinja("{{ messages[0].content }}", {"eos_token": "</s>"}, enable_thinking=False)
+    assert templates.describe(own)["text"] == "{{ messages[0].content }}"
+    assert "options" not in templates.describe(own)
+    assert templates.describe(off)["options"] == {"enable_thinking": False}
+    assert templates.describe(off)["sha256"] != templates.describe(own)["sha256"]
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen3"])

@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 
 from engine import templates
-from engine.errors import BadDataError
-from training.corpora import Sample
-from training.masking import IGNORE, encode_conversation, encode_text, split_budget
-from training.prepare import load_tokenizer
+from engine.errors import BadDataError, BadRecipeError
+from tests.conftest import build_tokenizer
+from training.data.samples import Sample
+from training.masking import (
+    IGNORE,
+    Encoded,
+    check_marks,
+    encode_conversation,
+    encode_text,
+    refuse_control_text,
+    split_budget,
+    why_untrained,
+)
 
 TURNS = (
     {"role": "system", "content": "You are careful."},
@@ -23,8 +32,8 @@ TURNS = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_llama: Path) -> Any:
-    return load_tokenizer(tiny_llama)
+def tokenizer() -> Any:
+    return build_tokenizer()
 
 
 def sample(*turns: dict[str, str], text: str = "") -> Sample:
@@ -129,3 +138,87 @@ def test_control_tokens_in_texts_are_refused_with_their_line(tokenizer: Any, bad
             encode_text(bad, tokenizer, eos=2)
         else:
             encode_conversation(bad, tokenizer, templates.load("chatml"), 64)
+
+
+def test_tokens_whose_kind_only_the_vocabulary_tells_are_refused_too() -> None:
+    """Llama 3 flags its marks as special in the vocabulary without listing them; a second first character as well."""
+    from tokenizers import AddedToken
+
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(
+        [AddedToken("<|eot_id|>", special=True), AddedToken("[PAD]", special=True), "<think>"]
+    )
+    for text in ("a <|eot_id|> b", "[PAD]"):
+        with pytest.raises(BadDataError, match="control token"):
+            refuse_control_text(sample(text=text), tokenizer)
+    refuse_control_text(sample(text="<think> [pad] <|eot|>"), tokenizer)  # not special, or not a token
+
+
+def test_a_template_whose_marks_are_no_tokens_is_refused(tokenizer: Any) -> None:
+    assert check_marks(templates.load("chatml"), tokenizer) == ()
+    with pytest.raises(
+        BadRecipeError, match=r"llama3 writes <\|begin_of_text\|>, which is not a token of tiny"
+    ):
+        check_marks(templates.load("llama3"), tokenizer, "tiny")
+    warnings = check_marks(templates.load("qwen3"), tokenizer)
+    assert len(warnings) == 2 and "<think>" in warnings[0]
+    endless = templates.from_jinja(
+        "{% for turn in messages %}{{ turn.role + ': ' + turn.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        {"eos_token": "<|im_end|>"},
+    )
+    assert ["nothing teaches to stop" in text for text in check_marks(endless, tokenizer)] == [True]
+
+
+def test_a_sample_without_a_trained_token_says_why(tokenizer: Any) -> None:
+    chatml = templates.load("chatml")
+    crowded = sample(
+        {"role": "user", "content": "What is the dose? " * 120},
+        {"role": "assistant", "content": "Six hours, for pain and fever."},
+    )
+    encoded = encode_conversation(crowded, tokenizer, chatml, 20)
+    assert encoded.trained == 0 and len(encoded.ids) == 20
+    assert encoded.cut == len(encode_conversation(crowded, tokenizer, chatml, 4096).ids) - 20
+    reason = why_untrained(crowded, tokenizer, chatml, 20)
+    assert "the answer has 1" in reason and "cutoff of 20" in reason
+    assert why_untrained(crowded, tokenizer, chatml, 4096) == ""
+    before = sample(*TURNS[1:3], *crowded.messages)
+    assert "last answer" in why_untrained(before, tokenizer, chatml, 20, mask_history=True)
+    assert why_untrained(before, tokenizer, chatml, 64) == ""  # the first answer is trained
+
+
+def test_a_cut_is_counted(tokenizer: Any) -> None:
+    whole = encode_conversation(sample(*TURNS), tokenizer, templates.load("chatml"), 256)
+    assert whole.cut == 0
+    short = encode_conversation(sample(*TURNS), tokenizer, templates.load("chatml"), len(whole.ids) - 3)
+    assert short.cut == 3
+    with pytest.raises(ValueError, match="differ in length"):
+        Encoded([1, 2], [1])
+
+
+def test_where_we_do_otherwise_than_llamafactory(tokenizer: Any) -> None:
+    """Thoughts in another spelling do not survive a template that promises none, and the prefill is always there."""
+    question = {"role": "user", "content": "What?"}
+    empty = templates.load("qwen3_empty_think")
+    for content, kept in (
+        ("<think>quick</think> A disease.", " A disease."),
+        ("Well. <think>\nhm\n</think>\n\nA disease.", "A disease."),
+        ("<think>\nnever closed", "<think>\nnever closed"),
+    ):
+        pair = sample(question, {"role": "assistant", "content": content})
+        encoded = encode_conversation(pair, tokenizer, empty, 256)
+        assert trained_text(tokenizer, encoded) == kept + "<|im_end|>\n"
+        prompt = tokenizer.encode(empty.prompt([question]), add_special_tokens=False)
+        assert encoded.ids[: len(prompt)] == prompt
+
+
+def test_short_conversations_are_encoded_fast_enough(tokenizer: Any) -> None:
+    """A floor far below what is measured (benchmarks have the number): a slow path would be ten times slower."""
+    import time
+
+    pair = sample(*TURNS[1:3])
+    chatml = templates.load("chatml")
+    started = time.process_time()
+    for _ in range(500):
+        encode_conversation(pair, tokenizer, chatml, 256)
+    assert 500 / (time.process_time() - started) > 1000
