@@ -30,8 +30,13 @@ ATTENTION = {"auto": "auto", "sdpa": "sdpa", "fa2": "flash_attention_2", "disabl
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 OURS = ("tests", "on_leak", "duplicates", "audit_column", "shots", "shots_seed", "threads", "processes")
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 # Keys that `_Reader.settings` reads.
-MAPPED = (
+MAPPED = _words(
     "model_name_or_path stage do_train finetuning_type lora_rank lora_alpha lora_dropout lora_target use_rslora "
     "use_dora quantization_bit quantization_method quantization_type dataset dataset_dir eval_dataset template "
     "enable_thinking preserve_thinking cutoff_len train_on_prompt mask_history packing neat_packing mix_strategy "
@@ -41,7 +46,7 @@ MAPPED = (
     "flash_attn gradient_checkpointing disable_gradient_checkpointing seed save_steps save_strategy eval_steps "
     "eval_strategy evaluation_strategy save_total_limit logging_steps output_dir report_to deepspeed fsdp "
     "resume_from_checkpoint"
-).split()
+)
 
 # Would change what is learned: refused when they ask for something.
 REFUSED = {
@@ -79,39 +84,49 @@ _GENERATION = "decoding belongs to `medmerge eval` and `medmerge chat`"
 # Would not change what is learned: named in a note, whatever they say.
 NOTED = {
     **dict.fromkeys(
-        "preprocessing_num_workers preprocessing_batch_size dataloader_num_workers dataloader_pin_memory "
-        "dataloader_prefetch_factor dataloader_persistent_workers low_cpu_mem_usage use_fast_tokenizer use_unsloth "
-        "use_unsloth_gc enable_liger_kernel use_reentrant_gc use_v1_kernels torch_compile tf32 ddp_timeout "
-        "ddp_find_unused_parameters ddp_backend fsdp_config double_quantization upcast_layernorm "
-        "upcast_lmhead_output torch_empty_cache_steps offload_folder data_shared_file_system "
-        "include_num_input_tokens_seen include_effective_tokens_per_second bf16_full_eval eval_accumulation_steps "
-        "group_by_length length_column_name ray_num_workers ray_init_kwargs master_addr master_port "
-        "ray_run_name ray_storage_path placement_strategy resources_per_worker use_cpu".split(),
+        _words(
+            "preprocessing_num_workers preprocessing_batch_size dataloader_num_workers dataloader_pin_memory "
+            "dataloader_prefetch_factor dataloader_persistent_workers low_cpu_mem_usage use_fast_tokenizer use_unsloth "
+            "use_unsloth_gc enable_liger_kernel use_reentrant_gc use_v1_kernels torch_compile tf32 ddp_timeout "
+            "ddp_find_unused_parameters ddp_backend fsdp_config double_quantization upcast_layernorm "
+            "upcast_lmhead_output torch_empty_cache_steps offload_folder data_shared_file_system "
+            "include_num_input_tokens_seen include_effective_tokens_per_second bf16_full_eval eval_accumulation_steps "
+            "group_by_length length_column_name ray_num_workers ray_init_kwargs master_addr master_port "
+            "ray_run_name ray_storage_path placement_strategy resources_per_worker use_cpu"
+        ),
         _FAST,
     ),
     **dict.fromkeys(
-        "plot_loss logging_strategy logging_dir logging_first_step log_level disable_tqdm run_name do_eval "
-        "save_only_model save_safetensors save_on_each_node load_best_model_at_end metric_for_best_model "
-        "greater_is_better early_stopping_steps eval_on_start eval_delay compute_accuracy eval_on_each_dataset "
-        "print_param_status remove_unused_columns label_names use_swanlab data_seed disable_shuffling".split(),
+        _words(
+            "plot_loss logging_strategy logging_dir logging_first_step log_level disable_tqdm run_name do_eval "
+            "save_only_model save_safetensors save_on_each_node load_best_model_at_end metric_for_best_model "
+            "greater_is_better early_stopping_steps eval_on_start eval_delay compute_accuracy eval_on_each_dataset "
+            "print_param_status remove_unused_columns label_names use_swanlab data_seed disable_shuffling"
+        ),
         _LOOP,
     ),
     **dict.fromkeys(
-        "do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty length_penalty "
-        "skip_special_tokens predict_with_generate do_predict eval_num_beams generation_max_length "
-        "generation_num_beams infer_backend infer_dtype use_kv_cache".split(),
+        _words(
+            "do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty length_penalty "
+            "skip_special_tokens predict_with_generate do_predict eval_num_beams generation_max_length "
+            "generation_num_beams infer_backend infer_dtype use_kv_cache"
+        ),
         _GENERATION,
     ),
     **dict.fromkeys(
-        "media_dir image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen "
-        "freeze_vision_tower freeze_multi_modal_projector freeze_language_model tool_format".split(),
+        _words(
+            "media_dir image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen "
+            "freeze_vision_tower freeze_multi_modal_projector freeze_language_model tool_format"
+        ),
         _IMAGES,
     ),
     **dict.fromkeys(
-        "export_dir export_size export_device export_quantization_bit".split(), "`medmerge merge` exports"
+        _words("export_dir export_size export_device export_quantization_bit"), "`medmerge merge` exports"
     ),
     **dict.fromkeys(
-        "cache_dir model_revision hf_hub_token ms_hub_token om_hub_token push_to_hub hub_model_id hub_token".split(),
+        _words(
+            "cache_dir model_revision hf_hub_token ms_hub_token om_hub_token push_to_hub hub_model_id hub_token"
+        ),
         "nothing is fetched from or sent to a hub",
     ),
     "trust_remote_code": "code that comes with a model is never run",
@@ -269,28 +284,25 @@ class _Reader:
                 "packing: without neat_packing LLaMA-Factory lets packed samples see each other; here they never do"
             )
         return {
-            "template": self._template(history),
+            "template": self._template(kind, history),
             "cutoff": self.whole("cutoff_len", 2048),
             "train_on_prompt": prompts,
             "mask_history": history,
             "packing": packing,
         }
 
-    def _template(self, history: bool) -> str:
+    def _template(self, kind: str, history: bool) -> str:
         asked = self.text("template", "")
         if asked == "qwen3":
-            if "enable_thinking" not in self.values:
-                thinking = True
-            else:
-                thinking = self.yes("enable_thinking")
             if self.yes("preserve_thinking") and history:
                 raise self.refuse("preserve_thinking", "with mask_history has no equivalent here")
-            return "qwen3" if thinking else "qwen3_empty_think"
+            return "qwen3" if self.yes("enable_thinking", True) else "qwen3_empty_think"
         for key in ("enable_thinking", "preserve_thinking"):
             if key in self.values:
                 self.notes.append(f"{key}: no effect with template {asked or 'model'}")
         if not asked:
-            self.notes.append("template: not said, so the model's own chat template is used")
+            if kind == "sft":
+                self.notes.append("template: not said, so the model's own chat template is used")
             return "model"
         if asked not in TEMPLATES:
             raise self.refuse(
