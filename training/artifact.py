@@ -16,6 +16,7 @@ from training.config import TrainConfig
 
 FORMAT = "medmerge.training/1"
 MANIFEST = "training.json"
+_PLACES = ("base", "data", "eval_data", "tests", "output", "dataset_info", "notes")
 
 
 def base_identity(folder: Path) -> dict[str, str]:
@@ -29,9 +30,10 @@ def base_identity(folder: Path) -> dict[str, str]:
 
 
 def settings_for_manifest(config: TrainConfig) -> dict[str, Any]:
-    """All settings but the paths, which say nothing on another machine."""
-    values = dataclasses.asdict(config)
-    return {key: value for key, value in values.items() if key not in ("base", "data", "tests", "output")}
+    """All settings but the paths, which say nothing on another machine; weights of sources by file name."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in _PLACES}
+    weights = {Path(source.path).name: source.weight for source in config.data if source.weight != 1}
+    return {**values, **({"weights": weights} if weights else {})}
 
 
 def curve_of(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -45,15 +47,22 @@ def curve_of(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     return curve
 
 
-def save_adapter(model: Any, manifest: dict[str, Any], output: Path, base_name: str) -> None:
-    """Write a PEFT folder: adapter_model.safetensors (bfloat16), adapter_config.json, training.json."""
+def save_adapter(trainer: Any, manifest: dict[str, Any], output: Path, base_name: str) -> None:
+    """Write a PEFT folder: adapter_model.safetensors (bfloat16), adapter_config.json, training.json.
+
+    Called by every process; the first one writes. (Under FSDP the weights are gathered from all.)
+    """
     import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if not trainer.is_world_process_zero():
+        return
     state = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in sorted(get_peft_model_state_dict(model).items())
+        for name, tensor in sorted(get_peft_model_state_dict(model, whole).items())
     }
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:

@@ -12,7 +12,7 @@ from training.config import TrainConfig, from_mapping
 
 
 def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
-    """Train one adapter; returns {adapter, run, steps, tokens, eval_loss, first_eval_loss, seconds}."""
+    """Train one adapter; returns {adapter, run, steps, tokens, loss, eval_loss, first_eval_loss, seconds, ...}."""
     from training.run import train
 
     run_folder = Path(params["run"])

@@ -1,32 +1,41 @@
-"""From data files to packed blocks: tokenizer, template, held-out rows, encoding, packing. Called by `training.run`."""
+"""From data files to packed blocks: tokenizer, template, encoding to disk, held-out rows, packing.
+
+Called by `training.run` and `training.fewshot`. One pass over the files, in bounded memory: documents go to a
+`TokenStore`, and what is trained on and what is held out is decided afterwards from their keys and lengths.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine import templates
-from engine.errors import BadDataError, BadModelError, BadRecipeError
+from engine.errors import BadDataError, BadModelError
 from engine.jobs.events import EventWriter
-from training import corpora, masking, packing
+from training import masking, packing
 from training.config import TrainConfig
-from training.corpora import Sample
+from training.data.samples import Sample
+from training.data.sources import DataFile, Source, copies, describe, held_out_keys, read_source, sample_key
 from training.masking import Encoded
-from training.packing import Block
+from training.packing import Blocks
+from training.tokens import TokenStore, TokenWriter, open_store
+
+Drop = Mapping[str, Mapping[int, str]]  # file -> row (from 0) -> why it is left out
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything a run reads, as it will be trained on."""
 
-    train: list[Block]
-    held_out: list[Block]
-    data: list[corpora.DataFile]
-    documents: int
-    tokens: int  # of one epoch, processed
-    trained_tokens: int  # of one epoch, with loss
+    train: Blocks
+    held_out: Blocks
+    data: list[DataFile]
+    counts: dict[str, Any]  # for the manifest: rows, too_long, untrained, dropped, documents, tokens, ...
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -54,67 +63,235 @@ def end_token(config: TrainConfig, tokenizer: Any, template: templates.Template 
     return int(tokenizer.eos_token_id)
 
 
-def choose_template(config: TrainConfig, tokenizer: Any) -> templates.Template | None:
-    """The run's template; None for pt with the model's own, which needs none.
-
-    Raises BadRecipeError when a mark of the template is no single token of this tokenizer.
-    """
+def choose_template(config: TrainConfig) -> templates.Template | None:
+    """The run's template; None for pt with the model's own, which needs none."""
     if config.kind == "pt" and config.template == "model":
         return None
-    template = templates.load(config.template, Path(config.base))
-    for mark in template.stop[:1]:
-        if len(tokenizer.encode(mark, add_special_tokens=False)) != 1:
-            raise BadRecipeError(
-                f"template {config.template} ends turns with {mark}, which is not a token of {config.base}",
-                "choose the template of this model family, or `model`",
-            )
-    return template
+    return templates.load(config.template, Path(config.base))
 
 
-def encode(
-    config: TrainConfig, samples: Sequence[Sample], tokenizer: Any, events: EventWriter
-) -> list[Encoded]:
-    template = choose_template(config, tokenizer)
-    encoded = []
-    for number, sample in enumerate(samples, 1):
+class Encoder:
+    """Encodes samples the way a run does (the preview uses it too)."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Any) -> None:
+        """Raises BadRecipeError when a mark of the template is no single token of this tokenizer; what can be
+        trained but rarely is meant is in `warnings`."""
+        self.config, self.tokenizer = config, tokenizer
+        self.template = choose_template(config)
+        self.warnings = masking.check_marks(self.template, tokenizer, config.base) if self.template else ()
+        self._end = end_token(config, tokenizer, self.template)
+
+    def __call__(self, sample: Sample) -> Encoded:
+        """Ids and labels of one sample. Raises BadDataError naming the sample."""
+        config = self.config
         if config.kind == "pt":
-            encoded.append(masking.encode_text(sample, tokenizer, end_token(config, tokenizer, template)))
-        else:
-            assert template is not None
-            encoded.append(
-                masking.encode_conversation(
-                    sample,
-                    tokenizer,
-                    template,
-                    config.cutoff,
-                    train_on_prompt=config.train_on_prompt,
-                    mask_history=config.mask_history,
-                )
-            )
-        events.progress(number, len(samples), "rows", phase="encode")
-    return [item for item in encoded if item.trained]
+            return masking.encode_text(sample, self.tokenizer, self._end)
+        assert self.template is not None
+        return masking.encode_conversation(
+            sample,
+            self.tokenizer,
+            self.template,
+            config.cutoff,
+            train_on_prompt=config.train_on_prompt,
+            mask_history=config.mask_history,
+        )
+
+    def why_untrained(self, sample: Sample) -> str:
+        assert self.template is not None
+        return masking.why_untrained(
+            sample, self.tokenizer, self.template, self.config.cutoff, mask_history=self.config.mask_history
+        )
 
 
-def pack(config: TrainConfig, documents: Sequence[Encoded]) -> list[Block]:
+def fingerprint(config: TrainConfig, encoder: Encoder, data: list[DataFile], drop: Drop) -> dict[str, Any]:
+    """All that the encoded documents depend on; a store made from the same is used again."""
+    tokenizer = Path(config.base) / "tokenizer.json"
+    spelled = tokenizer.read_bytes() if tokenizer.is_file() else b""
+    return {
+        "format": "medmerge.tokens/1",
+        "kind": config.kind,
+        "template": templates.describe(encoder.template)["sha256"] if encoder.template else "",
+        "cutoff": config.cutoff if config.kind == "sft" else 0,
+        "masks": [config.train_on_prompt, config.mask_history],
+        "seed": config.seed,  # of weights below 1
+        "data": [[item.file, item.sha256, item.rows] for item in data],
+        "sources": [
+            {key: value for key, value in vars(source).items() if key != "path"}
+            for source in (*config.data, *config.eval_data)
+        ],
+        "tokenizer": hashlib.sha256(spelled).hexdigest(),
+        "dropped": {Path(file).name: sorted(rows) for file, rows in sorted(drop.items()) if rows},
+    }
+
+
+def data_files(config: TrainConfig, events: EventWriter) -> list[DataFile]:
+    """Name, SHA-256 and rows of every file of the run, training first; each file once."""
+    paths = dict.fromkeys(source.path for source in (*config.data, *config.eval_data))
+    found = []
+    for number, path in enumerate(paths):
+        events.progress(number, len(paths), "files", f"reading {Path(path).name}", phase="data")
+        source = next(item for item in (*config.data, *config.eval_data) if item.path == path)
+        found.append(describe(source))
+    events.progress(len(paths), len(paths), "files", phase="data")
+    return found
+
+
+def prepare(
+    config: TrainConfig,
+    tokenizer: Any,
+    folder: Path,
+    events: EventWriter,
+    drop: Drop | None = None,
+    data: list[DataFile] | None = None,
+) -> Prepared:
+    """Encode the data into `folder` (or use what is there, if it was made from the same), and pack it.
+
+    Raises BadDataError for rows that cannot be read, a held-out part larger than the data, and data that leave no
+    token to train on (with the first sample and why).
+    """
+    drop = drop or {}
+    data = data if data is not None else data_files(config, events)
+    encoder = Encoder(config, tokenizer)
+    made_from = fingerprint(config, encoder, data, drop)
+    store = open_store(folder, made_from)
+    if store is None:
+        store = _encode(config, encoder, folder, made_from, drop, data, events)
+    return arrange(config, store, data)
+
+
+def _encode(
+    config: TrainConfig,
+    encoder: Encoder,
+    folder: Path,
+    made_from: dict[str, Any],
+    drop: Drop,
+    data: list[DataFile],
+    events: EventWriter,
+) -> TokenStore:
+    rows = {item.file: item.rows for item in data}
+    total = sum(rows.get(Path(source.path).name, 0) for source in (*config.data, *config.eval_data))
+    counts = {"rows": 0, "too_long": 0, "cut_tokens": 0, "untrained": 0, "dropped": 0, "eval_documents": 0}
+    first_untrained = first_long = ""
+    with TokenWriter(folder) as writer:
+        for source, evaluation in _all_sources(config):
+            for sample in read_source(source, config.kind):
+                counts["rows"] += 1
+                events.progress(counts["rows"], max(total, counts["rows"]), "rows", phase="encode")
+                if not evaluation and sample.index in drop.get(source.path, {}):
+                    counts["dropped"] += 1
+                    continue
+                encoded = encoder(sample)
+                if encoded.cut:
+                    counts["too_long"] += 1
+                    counts["cut_tokens"] += encoded.cut
+                    first_long = first_long or sample.place
+                if not encoded.trained:
+                    counts["untrained"] += 1
+                    first_untrained = first_untrained or f"{sample.place}: {_why(encoder, sample)}"
+                    continue
+                key = sample_key(sample)
+                counts["eval_documents"] += evaluation
+                writer.add(encoded, key, 0 if evaluation else copies(key, source.weight, config.seed))
+        _say(counts, first_long, first_untrained, config, events)
+        return writer.finish({**made_from, "counts": counts})
+
+
+def _why(encoder: Encoder, sample: Sample) -> str:
+    if encoder.config.kind == "pt":
+        return "the text is a single token"
+    return encoder.why_untrained(sample)
+
+
+def _all_sources(config: TrainConfig) -> Iterator[tuple[Source, bool]]:
+    """Training sources, then evaluation sources (True)."""
+    yield from ((source, False) for source in config.data)
+    yield from ((replace(source, weight=1.0), True) for source in config.eval_data)
+
+
+def _say(
+    counts: dict[str, int], first_long: str, first_untrained: str, config: TrainConfig, events: EventWriter
+) -> None:
+    """Tell what was shortened or left out; raise when nothing is left."""
+    if counts["too_long"]:
+        events.warning(
+            f"{counts['too_long']:,} of {counts['rows']:,} samples are longer than the cutoff of {config.cutoff} "
+            f"tokens and were shortened ({counts['cut_tokens']:,} tokens lost; the first: {first_long})"
+        )
+    if counts["untrained"]:
+        events.warning(
+            f"{counts['untrained']:,} of {counts['rows']:,} samples leave no token to train on and are left out; "
+            f"the first: {first_untrained}"
+        )
+    if counts["untrained"] + counts["dropped"] + counts["eval_documents"] >= counts["rows"]:
+        why = f"the first: {first_untrained}" if first_untrained else "all of them were dropped"
+        names = ", ".join(Path(source.path).name for source in config.data)
+        raise BadDataError(
+            f"no row of {names} leaves a token to train on; {why}", "raise cutoff, or look at --preview"
+        )
+
+
+def arrange(config: TrainConfig, store: TokenStore, data: list[DataFile]) -> Prepared:
+    """Held-out rows by key, then shots, copies and blocks."""
+    counts = dict(store.note["counts"])
+    evaluation = np.zeros(len(store), dtype=bool)
+    if counts["eval_documents"]:
+        evaluation[-counts["eval_documents"] :] = True
+    wanted = config.held_out_rows(int((~evaluation).sum()))
+    held = evaluation.copy()
+    if wanted:
+        keys = [value.tobytes() for value in store.keys]
+        chosen = held_out_keys(keys, wanted, config.seed)
+        held |= np.array([key in chosen for key in keys])
+    training = np.flatnonzero(~held & (store.copies > 0))
+    if config.shots:
+        training = _shots(store, training, config)
+    most = int(store.copies[training].max(initial=0))
+    passes = [training[store.copies[training] > number] for number in range(most)]
+    order = np.concatenate(passes) if passes else training
+    if not len(order):
+        raise BadDataError("nothing is left to train on once the held-out rows are taken", "lower held_out")
+    blocks, held_blocks = pack(config, store, order), pack(config, store, np.flatnonzero(held))
+    counts |= {
+        "documents": len(order),
+        "held_out_documents": int(held.sum()),
+        "blocks": len(blocks),
+        "tokens": int(store.lengths[order].sum()),
+        "trained_tokens": int(store.trained(order).sum()) - _lost_at_borders(config, blocks, len(order)),
+    }
+    return Prepared(blocks, held_blocks, data, counts)
+
+
+def _lost_at_borders(config: TrainConfig, blocks: Blocks, documents: int) -> int:
+    """PT: pieces that go on in a block lose their first token's loss."""
+    return blocks.pieces - documents if config.kind == "pt" else 0
+
+
+def _shots(store: TokenStore, training: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """`shots` of the training documents: the first ones in the order of a hash of seed and content (so that 64 are
+    among the 256 of the same seed), in the order of the files."""
+    if config.shots > len(training):
+        raise BadDataError(
+            f"{config.shots} shots were asked, and there are {len(training)} training samples", "lower shots"
+        )
+    seed = str(config.shots_seed).encode()
+    ranks = [hashlib.blake2b(seed + b":" + store.keys[index].tobytes()).digest() for index in training]
+    chosen = sorted(range(len(training)), key=lambda place: ranks[place])[: config.shots]
+    return training[np.sort(chosen)]
+
+
+def pack(config: TrainConfig, store: TokenStore, order: np.ndarray) -> Blocks:
+    """The blocks of these documents, in the way of the run's kind."""
     if config.kind == "pt":
-        return packing.cut_stream(documents, config.cutoff)
-    return packing.pack_whole(documents, config.cutoff) if config.packing else packing.one_each(documents)
+        return packing.cut_stream(store, config.cutoff, order)
+    if config.packing:
+        return packing.pack_whole(store, config.cutoff, order)
+    return packing.one_each(store, order)
 
 
-def prepare(config: TrainConfig, tokenizer: Any, events: EventWriter) -> Prepared:
-    """Read and encode the data; the held-out rows are chosen before anything is packed."""
-    samples: list[Sample] = []
-    files = []
-    for name in config.data:
-        rows = corpora.read_samples(Path(name), config.kind)
-        files.append(corpora.describe(Path(name), len(rows)))
-        samples += rows
-    training, held = corpora.hold_out(samples, config.held_out, config.seed)
-    documents = encode(config, training, tokenizer, events)
-    if not documents:
-        raise BadDataError(f"no row of {', '.join(config.data)} leaves a token to train on", "raise cutoff")
-    blocks = pack(config, documents)
-    processed = sum(len(block.ids) for block in blocks)
-    trained = sum(label != masking.IGNORE for block in blocks for label in block.labels)
-    held_blocks = pack(config, encode(config, held, tokenizer, events)) if held else []
-    return Prepared(blocks, held_blocks, files, len(documents), processed, trained)
+def packing_words(config: TrainConfig) -> str:
+    """How documents are laid out, for whoever reads a perplexity."""
+    if config.kind == "pt":
+        return f"one stream cut every {config.cutoff} tokens; documents do not see each other"
+    if config.packing:
+        return f"whole conversations packed to {config.cutoff} tokens; they do not see each other"
+    return "one conversation a row"

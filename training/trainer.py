@@ -1,35 +1,32 @@
-"""The training loop: transformers' Trainer with an exact loss, live events and a held-out loss.
+"""The training loop: transformers' Trainer with an exact loss, checkpoints that survive anything, and live events.
 
-Only `training.run` imports this (torch and transformers are loaded here). What is changed against the stock
+Only `training.fit` imports this (torch and transformers are loaded here). What is changed against the stock
 Trainer, and why:
-- the loss is the sum over trained positions divided by their number in the whole accumulated step, and logits
-  are computed for those positions only (a prompt's logits cost as much as an answer's and are thrown away);
-- the held-out loss is weighted by tokens, so that exp(loss) is a perplexity;
-- a loss that is not a number stops the run at once, naming the step.
+- the loss is the sum over trained positions divided by their number in the whole accumulated step (of all
+  processes), and logits are computed for those positions only (a prompt's cost as much and are thrown away);
+- a loss or gradient that is not a number stops the run at once, naming the step, before it reaches a checkpoint;
+- a checkpoint counts once a mark with the sizes of its files stands in it (`training.checkpoints`); a disk that
+  fills up leaves the one before;
+- cancelling saves a checkpoint of the last whole step, whatever the moment.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerState
 
 from engine.errors import MedmergeError
-from engine.jobs.events import EventWriter
+from training import checkpoints
 from training.masking import IGNORE
 from training.packing import Block, collate
+from training.stopping import Stopper
 
 
 def token_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -52,32 +49,115 @@ def token_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, blocks: Sequence[Block], pad: int, batch_size: int = 1) -> tuple[float, int]:
-    """(mean -log p per trained token in nats, number of tokens) over all blocks, dropout off."""
+def held_out_loss(
+    model: Any, blocks: Sequence[Block], pad: int, batch_size: int = 1, part: tuple[int, int] = (0, 1)
+) -> tuple[float, int]:
+    """(mean -log p per trained token in nats, number of tokens) over all blocks, dropout off.
+
+    part: (process, processes); each process takes every so-manieth block and the sums are added up. A batch that
+    does not fit into memory is halved, down to one block. nan where nothing is trained.
+    """
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
     device = next(model.parameters()).device
-    for start in range(0, len(blocks), batch_size):
-        batch = {
-            key: value.to(device) for key, value in collate(blocks[start : start + batch_size], pad).items()
-        }
-        loss, tokens = token_loss(model, batch)
-        total += float(loss)
-        count += tokens
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    mine = range(part[0], len(blocks), part[1])
+    start = 0
+    while start < len(mine):
+        chosen = [blocks[number] for number in mine[start : start + batch_size]]
+        try:
+            batch = {key: value.to(device) for key, value in collate(chosen, pad).items()}
+            loss, tokens = token_loss(model, batch)
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not out_of_memory(error):
+                raise
+            batch_size = max(1, batch_size // 2)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        sums += torch.tensor([float(loss), tokens], dtype=torch.float64, device=device)
+        start += len(chosen)
     model.train(was_training)
+    if part[1] > 1:
+        torch.distributed.all_reduce(sums)
+    total, count = float(sums[0]), int(sums[1])
     return (total / count if count else math.nan), count
 
 
-class LoraTrainer(Trainer):
-    """Trainer over blocks; counts processed and trained tokens and puts the counts into every log line."""
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch (on either device) or Python says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
 
-    def __init__(self, *, pad: int, **kwargs: Any) -> None:
-        super().__init__(data_collator=lambda blocks: collate(blocks, pad), **kwargs)
+
+class TrainSet(torch.utils.data.Dataset[Block]):
+    """The run's blocks, filled up with empty ones so that every process gets as many batches."""
+
+    def __init__(self, blocks: Sequence[Block], multiple: int) -> None:
+        self.blocks = blocks
+        self.size = math.ceil(len(blocks) / multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Block:
+        return self.blocks[index] if index < len(self.blocks) else Block([], [], [])
+
+
+class EpochOrder(torch.utils.data.Sampler[int]):
+    """A new permutation of the blocks for every epoch, from (seed, epoch) alone; the empty ones stand last.
+
+    The global random generators are not touched, so that the order is the same however many processes share it.
+    """
+
+    def __init__(self, data: TrainSet, seed: int) -> None:
+        self.data, self.seed, self.epoch = data, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[int]:
+        count = len(self.data.blocks)
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(count).tolist()
+        yield from range(count, len(self.data))
+
+
+class LoraTrainer(Trainer):
+    """Trainer over blocks; counts processed, trained and padding tokens and puts the counts into every log line.
+
+    `after_step` is called after every step and its checkpoint, with the step: the place for evaluations, which may
+    be interrupted. `keep`: how many checkpoints stay.
+    """
+
+    def __init__(
+        self,
+        *,
+        pad: int,
+        stopper: Stopper,
+        order: EpochOrder,
+        keep: int,
+        after_step: Callable[[int], None],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            data_collator=lambda blocks: collate(blocks, pad), train_dataset=order.data, **kwargs
+        )
         self.remove_callback(PrinterCallback)  # the events say it already
         self.model_accepts_loss_kwargs = True  # the step's token count comes in, the loss is divided by it
-        self.tokens = 0
-        self.trained_tokens = 0
+        self.counts = torch.zeros(
+            3, dtype=torch.int64
+        )  # processed without padding, trained, padding; this process
+        self.stopper, self.order, self.keep, self.after_step = stopper, order, keep, after_step
+        self._rng: dict[str, Any] = {}  # of the random generators, after the step `_whole_step`
+        self._whole_step = self._saved_step = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        return self.order
+
+    # ---- the loss ------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -87,101 +167,93 @@ class LoraTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         loss, count = token_loss(model, inputs)
-        if not math.isfinite(float(loss.detach())):
-            raise MedmergeError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}; training stopped",
-                "lower learning_rate, or look for broken rows in the data; earlier checkpoints are kept",
-            )
-        self.tokens += int(inputs["input_ids"].numel())
-        self.trained_tokens += count
+        self._must_be_finite(float(loss.detach()), "loss", self.state.global_step + 1)
+        padding = int(inputs["padding"])
+        self.counts += torch.tensor([inputs["input_ids"].numel() - padding, count, padding])
         loss = loss / (num_items_in_batch if num_items_in_batch is not None else max(count, 1))
         if self.accelerator.num_processes > 1:  # gradients are averaged over processes; the divisor is global
             loss = loss * self.accelerator.num_processes
         return loss
 
+    def _must_be_finite(self, value: float, what: str, step: int) -> None:
+        if not math.isfinite(value):
+            raise MedmergeError(
+                f"the {what} is {value} at step {step}; training stopped",
+                "lower learning_rate, or look for broken rows in the data; the last good checkpoint is kept",
+            )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, "tokens": self.tokens, "trained_tokens": self.trained_tokens}
+            counts = self.counts.to(self.args.device)
+            if self.accelerator.num_processes > 1:
+                torch.distributed.all_reduce(counts)
+            tokens, trained, padding = counts.tolist()
+            logs = {**logs, "tokens": tokens, "trained_tokens": trained, "padding_tokens": padding}
         super().log(logs, start_time)
 
-    def recall_tokens(self, history: Sequence[dict[str, Any]]) -> None:
-        """Token counts as a checkpoint's log history left them (resume)."""
-        for entry in history:
-            self.tokens = int(entry.get("tokens", self.tokens))
-            self.trained_tokens = int(entry.get("trained_tokens", self.trained_tokens))
+    def recall(self, history: Sequence[dict[str, Any]], step: int) -> None:
+        """Go on counting where a checkpoint's log history ends (resume). The counts are of all processes: the first
+        one takes them over."""
+        self._saved_step = step
+        for entry in reversed(history):
+            if "tokens" in entry:
+                kept = [int(entry.get(key, 0)) for key in ("tokens", "trained_tokens", "padding_tokens")]
+                self.counts = torch.tensor(kept) * int(self.args.process_index == 0)
+                return
 
+    # ---- stopping and saving -------------------------------------------------------------------------------
 
-class Reporter(TrainerCallback):
-    """Writes events while training and measures the held-out loss every `eval_every` steps and at the end."""
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """After each step: nothing that is not a number is saved; a stop that was asked meanwhile happens here."""
+        step = self.state.global_step
+        if grad_norm is not None:
+            self._must_be_finite(float(grad_norm), "gradient norm", step)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        if self._anyone_stops():
+            self.control.should_training_stop = True
+            if step != self._saved_step:
+                self._save_checkpoint(self.model, None)
+        self._rng, self._whole_step = checkpoints.random_states(), step
+        self.stopper.leave()
+        if not self.stopper.asked:
+            self.after_step(step)
 
-    def __init__(self, events: EventWriter, held_out: Sequence[Block], pad: int, eval_every: int) -> None:
-        self.events, self.held_out, self.pad, self.eval_every = events, held_out, pad, eval_every
-        self.trainer: LoraTrainer | None = None
-        self._mark = (0.0, 0)
+    def _anyone_stops(self) -> bool:
+        """Whether any process was asked to stop; all learn it at the same step."""
+        if self.accelerator.num_processes > 1:
+            asked = torch.tensor(float(self.stopper.asked), device=self.args.device)
+            torch.distributed.all_reduce(asked)
+            if asked > 0:
+                self.stopper.ask()
+        return self.stopper.asked
 
-    def _trainer(self) -> LoraTrainer:
-        assert self.trainer is not None
-        return self.trainer
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        with checkpoints.writing(folder):
+            super()._save_checkpoint(model, trial)
+            if self.accelerator.num_processes > 1:
+                torch.distributed.barrier()  # every process's random states are there
+            if self.args.should_save:
+                checkpoints.mark(folder, self.keep)
+        self._saved_step = step
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self._trainer()
-        trainer.recall_tokens(state.log_history)
-        self._mark = (time.monotonic(), trainer.tokens)
-        if state.global_step == 0:
-            self._evaluate(state)
-        self.events.progress(state.global_step, state.max_steps, "steps", phase="train")
+    def save_last_step(self) -> bool:
+        """A checkpoint of the last whole step, after an interruption within the next one.
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        seconds, tokens = time.monotonic() - self._mark[0], self._trainer().tokens - self._mark[1]
-        self._mark = (time.monotonic(), self._trainer().tokens)
-        rate = tokens / seconds if seconds > 0 else math.nan
-        values = {name: logs[key] for name, key in (("loss", "loss"), ("lr", "learning_rate")) if key in logs}
-        self.events.metric(
-            state.global_step,
-            **values,
-            grad_norm=logs.get("grad_norm"),
-            tok_s=rate,
-            tokens=logs.get("tokens"),
-        )
+        Weights and optimizer have not moved since then; what the interrupted step drew from the random generators
+        is taken back. Returns whether there is anything to resume from.
+        """
+        step = self.state.global_step
+        whole = step == self._whole_step and self.accelerator.num_processes == 1
+        if step and step != self._saved_step and whole:
+            checkpoints.restore_random_states(self._rng)
+            self._save_checkpoint(self.model, None)
+        return bool(self._saved_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.events.progress(state.global_step, state.max_steps, "steps", phase="train")
-        if state.global_step % self.eval_every == 0 and state.global_step < state.max_steps:
-            self._evaluate(state)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.events.log(f"checkpoint at step {state.global_step}")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._evaluate(state)
-
-    def _evaluate(self, state: TrainerState) -> None:
-        if not self.held_out:
-            return
-        trainer = self._trainer()
-        started = time.monotonic()
-        loss, count = held_out_loss(
-            trainer.model, self.held_out, self.pad, trainer.args.per_device_eval_batch_size
-        )
-        # Straight into the history: Trainer.log here would cancel the log of this step's training loss.
-        perplexity = math.exp(min(loss, 50.0))
-        state.log_history.append({"step": state.global_step, "eval_loss": loss, "eval_tokens": count})
-        self.events.metric(state.global_step, eval_loss=loss, eval_perplexity=perplexity)
-        self._mark = (self._mark[0] + time.monotonic() - started, self._mark[1])
+    def load_finished(self, checkpoint: Path) -> None:
+        """The weights and the story of a run that had made its last step already."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.recall(self.state.log_history, self.state.global_step)
+        self.after_step(self.state.global_step)
