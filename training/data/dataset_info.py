@@ -13,6 +13,7 @@ more rows than there are is an error, not a repetition.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,11 @@ def resolve(names: Sequence[str], info: Path) -> tuple[Source, ...]:
 
 
 def _source(name: str, table: dict[str, Any], path: Path) -> Source:
-    check_keys({name: None}, table, str(path))
+    if name not in table:
+        near = difflib.get_close_matches(name, table, 3)
+        raise BadRecipeError(
+            f"{path} has no data set {name!r}", f"did you mean {' or '.join(near)}?" if near else "add it there"
+        )
     entry, where = table[name], f"{path}, {name}"
     if not isinstance(entry, dict):
         raise BadRecipeError(f"{where}: expected an object, found {entry!r:.60}")

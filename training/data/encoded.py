@@ -89,7 +89,8 @@ def chunks(path: Path) -> Iterator[str]:
             if not data:
                 return
             line += text.count("\n")
-            yield text
+            if text:  # none yet of a character that the chunk's end cuts
+                yield text
 
 
 def not_utf8(path: Path, line: int, offset: int, byte: int) -> BadDataError:

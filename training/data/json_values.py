@@ -31,7 +31,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise BadDataError(
-                f"{path}, line {number}: not valid JSON ({_reason(error)})",
+                f"{path}, line {number}: not valid JSON ({_reason(error)}{_column(error)})",
                 "one JSON object on each line, UTF-8",
             ) from error
         if not isinstance(row, dict):
@@ -265,5 +265,9 @@ def _check_surrogates(row: Any, place: str) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+        return error.msg.removesuffix(" at").removesuffix(" starting")
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _column(error: Exception) -> str:
+    return f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""

@@ -56,7 +56,8 @@ class Layout:
 
     Attributes:
         name: "text", "alpaca" (a column each for question and answer), "sharegpt" or "messages" (a list of turns).
-        columns: our column -> the file's; "" for one that is not used.
+        columns: our column -> the file's; "" for one that is not used. Of the question's parts, the system text and
+            the history, those of these names are used where the user named neither question nor answer.
         tags: for turns: LLaMA-Factory's role_tag, content_tag, user_tag, assistant_tag, system_tag.
         named: our columns that the user named himself: a typing error in one must not pass as "not there".
     """
@@ -90,13 +91,11 @@ def find_layout(
         known: dict[str, str] = {"text": "text"}
     elif layout == "alpaca":
         question, answer = _pair(row) or PAIRS[0]
-        known = {
-            "instruction": question,
-            "input": "input",
-            "output": answer,
-            "system": "system",
-            "history": "history",
-        }
+        known = {name: name for name in ("instruction", "input", "output", "system", "history")}
+        if columns.get("instruction") or columns.get("output") or question == "question":
+            # As in LLaMA-Factory, what is not named is not used: in a medical table `system` may be of the body.
+            known |= {"input": "", "system": "", "history": ""}
+        known |= {"instruction": question, "output": answer}
     elif kind == "pt":
         raise BadDataError(
             f"{row.file}: conversations (layout {layout}) cannot train kind pt",

@@ -14,7 +14,8 @@ from typing import Any
 from engine.errors import BadDataError
 from training.data import encoded
 
-BATCH = 2048  # rows of a Parquet file in memory at a time
+BATCH_BYTES = 16 << 20  # of a Parquet file in memory at a time, in rows by the size of those before
+BATCH_ROWS = (64, 8192)
 LONGEST_FIELD = 16 << 20  # characters; an unclosed quote would else swallow the file
 
 
@@ -58,20 +59,25 @@ def path_kind(delimiter: str) -> str:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(record number from 1, row)."""
+    """(record number from 1, row). In memory: the packed columns of a row group, and BATCH_BYTES of rows."""
     import polars
     from polars.exceptions import PolarsError
 
     _readable(path)
     try:
-        number = 0
-        for batch in polars.scan_parquet(path, glob=False).collect_batches(chunk_size=BATCH):
-            for start in range(0, batch.height, BATCH):
-                for row in batch[start : start + BATCH].iter_rows(named=True):
-                    number += 1
-                    yield number, row
+        # Slices, not polars' own batches: those hold a row group unpacked, and read the next ones ahead.
+        table = polars.scan_parquet(path, glob=False, low_memory=True)
+        total = table.select(polars.len()).collect().item()
+        number, wanted = 0, BATCH_ROWS[0]
+        while number < total:
+            batch = table.slice(number, wanted).collect()
+            for row in batch.iter_rows(named=True):
+                number += 1
+                yield number, row
+            per_row = max(1, int(batch.estimated_size()) // max(1, batch.height))
+            wanted = min(max(BATCH_BYTES // per_row, BATCH_ROWS[0]), BATCH_ROWS[1])
     except PolarsError as error:
-        raise BadDataError(f"{path}: not a readable Parquet file ({error})") from error
+        raise BadDataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
 def read_xlsx(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -89,7 +95,7 @@ def read_xlsx(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             "pip install fastexcel, or save the sheet as CSV",
         ) from error
     except Exception as error:  # fastexcel has an error class of its own, and may be absent
-        raise BadDataError(f"{path}: not a readable .xlsx workbook ({error})") from error
+        raise BadDataError(f"{path}: not a readable .xlsx workbook ({str(error).splitlines()[0]})") from error
     filled = {name: sheet for name, sheet in sheets.items() if sheet.height}
     if len(filled) > 1:
         raise BadDataError(
