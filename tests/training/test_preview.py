@@ -147,7 +147,7 @@ def test_the_terminal_gets_marked_lines_that_fit(make: Make, width: int) -> None
     body = [line for line in bare.splitlines() if line.startswith("  ")]
     assert all(len(line) <= width for line in body)
     joined = "".join(line[2:] for line in body)
-    assert "‹A disease.↵" in joined and "<|im_end|>" in joined
+    assert "‹A disease.↵" in joined and joined.endswith("<|im_end|>↵›") and joined.count("‹") == 1
     coloured = render_preview(result, color=True, width=width)
     assert "\x1b[1;32m" in coloured and "‹" not in coloured
     assert "What is 哮喘?↵" in COLOUR.sub("", coloured).replace("\n  ", "")

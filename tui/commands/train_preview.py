@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 from tui.safe_text import plain
 
 LONGEST = 600  # characters of one piece; longer ones lose their middle
 LEAST_WIDTH = 30
-LINE_END = "↵"
+LINE_END, BORDER = "↵", "┃"
 _TRAINED, _SPECIAL, _PLAIN = "\x1b[1;32m", "\x1b[36m", "\x1b[0m"  # bold green, cyan
 _BOTH = "\x1b[1;36m"
 _INDENT = "  "
@@ -47,7 +48,7 @@ def render_preview(result: dict[str, Any], *, color: bool, width: int) -> str:
 def _legend(kind: str, color: bool) -> str:
     trained = f"{_TRAINED}trained{_PLAIN}" if color else "‹trained›"
     control = f", {_SPECIAL}control token{_PLAIN}" if color else ""
-    border = ", ┃ a new block begins" if kind == "pt" else ""
+    border = f", {BORDER} a new block begins" if kind == "pt" else ""
     return f"{trained}{control}, {LINE_END} line end{border}"
 
 
@@ -58,31 +59,43 @@ def _sample(number: int, sample: dict[str, Any], color: bool, width: int) -> lis
     lines = [f"{number}. {plain(sample['place'])}: {', '.join(facts)}"]
     if sample["note"]:
         lines.append(f"{_INDENT}nothing is trained: {plain(sample['note'])}")
-    cells = [cell for piece in sample["pieces"] for cell in _cells(piece, color)]
+    cells = list(_coloured(sample["pieces"]) if color else _bracketed(sample["pieces"]))
     lines += [_INDENT + _painted(line) for line in _wrapped(cells, width - len(_INDENT))]
     if sample["left_out"]:
         lines.append(f"{_INDENT}… {sample['left_out']:,} more tokens, not shown …")
     return lines
 
 
-def _cells(piece: dict[str, Any], color: bool) -> Iterator[Cell]:
-    """The characters of a piece as they are shown."""
-    style = ""
-    if color:
-        style = (_BOTH if piece["special"] else _TRAINED) if piece["trained"] else ""
-        style = style or (_SPECIAL if piece["special"] else "")
+def _coloured(pieces: list[dict[str, Any]]) -> Iterator[Cell]:
+    for piece in pieces:
+        style = _SPECIAL if piece["special"] else ""
+        if piece["trained"]:
+            style = _BOTH if piece["special"] else _TRAINED
+        if piece["border"]:
+            yield BORDER, ""
+        for character in _shown(piece):
+            yield character, style
+
+
+def _bracketed(pieces: list[dict[str, Any]]) -> Iterator[Cell]:
+    """Trained pieces that follow each other share one pair of brackets, which closes before the line does."""
+    for trained, group in groupby(pieces, key=lambda piece: bool(piece["trained"])):
+        text = "".join((BORDER if piece["border"] else "") + _shown(piece) for piece in group)
+        if trained:
+            text = f"‹{text[:-1]}›\n" if text.endswith("\n") else f"‹{text}›"
+        for character in text:
+            yield character, ""
+
+
+def _shown(piece: dict[str, Any]) -> str:
+    """A piece's text made safe, its line ends visible, and without its middle if it is long."""
     text = piece["text"]
     if len(text) > LONGEST:
         half = LONGEST // 2
         hidden = max(round(piece["tokens"] * (len(text) - LONGEST) / len(text)), 1)
         text = f"{text[:half]} … about {hidden:,} tokens … {text[-half:]}"
-    text = plain(text.replace("\r\n", "\n"), lines=True).replace("\t", " ").replace("\n", f"{LINE_END}\n")
-    if piece["border"]:
-        yield "┃", ""
-    if piece["trained"] and not color:
-        text = f"‹{text}›" if not text.endswith("\n") else f"‹{text[:-1]}›\n"
-    for character in text:
-        yield character, style
+    safe = plain(text.replace("\r\n", "\n"), lines=True)
+    return safe.replace("\t", " ").replace("\n", f"{LINE_END}\n")
 
 
 def _wrapped(cells: list[Cell], width: int) -> Iterator[list[Cell]]:
