@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.errors import BadDataError, BadRecipeError
+from engine.errors import BadRecipeError
 from training.config import PRESETS, from_mapping, read
-from training.corpora import hold_out, read_samples
 
 GOOD = {"kind": "sft", "base": "b", "data": ["d"], "output": "o"}
 
@@ -70,42 +68,3 @@ def test_unreadable_configs(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(BadRecipeError, match=message):
             read(path, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "line", "message"),
-    [
-        ("pt", '{"text": ""}', r"rows\.jsonl, line 2: 'text' must be a text that is not empty"),
-        ("pt", '{"txt": "a"}', "line 2: 'text' .* found missing"),
-        ("sft", '{"instruction": "q", "output": null}', "line 2: 'output'"),
-        ("sft", '{"messages": [{"role": "user", "content": "q"}]}', "line 2: 'messages'"),
-        ("sft", '{"messages": [{"role": "bot", "content": "q"}]}', "line 2: 'messages'"),
-        ("sft", '{"instruction": "q", "output"', "line 2: not valid JSON"),
-    ],
-)
-def test_bad_rows_name_file_and_line(tmp_path: Path, kind: str, line: str, message: str) -> None:
-    good = '{"text": "a"}' if kind == "pt" else '{"instruction": "q", "output": "a"}'
-    (tmp_path / "rows.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(BadDataError, match=message):
-        read_samples(tmp_path / "rows.jsonl", kind)
-
-
-def test_alpaca_and_messages_become_conversations(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    path = write_jsonl(
-        tmp_path / "rows.jsonl",
-        [{"instruction": "q", "input": "more", "output": "a", "system": "s"}, {"messages": turns}],
-    )
-    first, second = read_samples(path, "sft")
-    assert [turn["content"] for turn in first.messages] == ["s", "q\nmore", "a"]
-    assert list(second.messages) == turns and second.place.endswith("rows.jsonl, line 2")
-
-
-def test_held_out_rows_are_stable_and_disjoint(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
-    rows = [{"text": f"text {n % 15}"} for n in range(20)]  # five texts twice
-    samples = read_samples(write_jsonl(tmp_path / "rows.jsonl", rows), "pt")
-    training, held = hold_out(samples, 6, seed=1)
-    assert len(training) + len(held) == 20 and not {s.text for s in training} & {s.text for s in held}
-    assert len({s.text for s in held}) == 6
-    assert {s.text for s in hold_out(samples[::-1], 6, seed=1)[1]} == {s.text for s in held}
-    assert len(hold_out(samples[:3], 6, seed=1)[1]) == 1

@@ -18,7 +18,7 @@ from training.audit.detectors import Document, leaks
 from training.audit.report import read_documents
 from training.audit.text import Vocabulary
 from training.config import read as read_config
-from training.corpora import read_samples
+from training.data.sources import Source, read_source
 from training.demo import base, job
 
 DATA = job.ASSETS / "data"
@@ -54,7 +54,7 @@ def test_sets_follow_their_formats() -> None:
         ("safe", "safe"),
     }
     for kind in ("pt", "sft"):
-        assert read_samples(DATA / f"{kind}_train.jsonl", kind)
+        assert list(read_source(Source(str(DATA / f"{kind}_train.jsonl")), kind))
 
 
 def test_training_and_test_pages_and_abstracts_do_not_meet() -> None:
