@@ -244,7 +244,13 @@ def read(path: Path | None, workspace: Path, **overrides: Any) -> TrainConfig:
 
     def found(sources: tuple[Source, ...]) -> tuple[Source, ...]:
         if config.dataset_info and sources:
-            return resolve([source.path for source in sources], Path(find(config.dataset_info)))
+            named = resolve([source.path for source in sources], Path(find(config.dataset_info)))
+            return tuple(
+                dataclasses.replace(
+                    one, weight=source.weight, limit=source.limit, sample=source.sample or one.sample
+                )
+                for one, source in zip(named, sources, strict=True)
+            )
         return tuple(dataclasses.replace(source, path=find(source.path)) for source in sources)
 
     return dataclasses.replace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from engine import templates
 from engine.errors import BadRecipeError
 from training import llamafactory
 from training.config import TrainConfig, from_mapping
+from training.config import read as read_config
 from training.llamafactory import from_llamafactory, is_llamafactory
 
 EXAMPLE = """
@@ -273,3 +276,16 @@ def test_every_key_is_in_one_list_and_is_ours_once_mapped() -> None:
         read(**{key: None})
         with pytest.raises(BadRecipeError, match=key):
             read(**{key: True})
+
+
+def test_data_sets_are_found_by_name_and_keep_their_limit(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [{"instruction": "What is asthma?", "input": "", "output": "A disease."}] * 3
+    (tmp_path / "data" / "some.json").write_text(json.dumps(rows))
+    (tmp_path / "data" / "dataset_info.json").write_text('{"identity": {"file_name": "some.json"}}')
+    text = EXAMPLE.replace("identity,alpaca_en_demo", "identity") + "warmup_steps: 30\nmax_steps: 300\n"
+    (tmp_path / "theirs.yaml").write_text(text)
+    config = read_config(tmp_path / "theirs.yaml", tmp_path)
+    assert [(one.path, one.limit) for one in config.data] == [(str(tmp_path / "data" / "some.json"), 1000)]
+    assert config.output == str(tmp_path / "saves/some-4b/lora/sft") and config.warmup == 0.1
+    assert any("trust_remote_code" in note for note in config.notes)
