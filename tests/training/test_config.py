@@ -9,6 +9,7 @@ import pytest
 
 from engine.errors import BadRecipeError
 from training.config import PRESETS, from_mapping, read
+from training.data.sources import Source
 
 GOOD = {"kind": "sft", "base": "b", "data": ["d"], "output": "o"}
 
@@ -36,7 +37,7 @@ def test_yaml_overrides_presets_and_paths_become_absolute(tmp_path: Path) -> Non
     assert config.base == str(workspace / "bases" / "tiny") and config.output == str(
         workspace / "adapters" / "x"
     )
-    assert config.data == (str(beside / "rows.jsonl"),)
+    assert config.data == (Source(str(beside / "rows.jsonl")),)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_yaml_overrides_presets_and_paths_become_absolute(tmp_path: Path) -> Non
         ({"rank": 0}, "rank is 0, expected between 1 and 1024"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"learning_rate": "fast"}, "learning_rate must be float"),
-        ({"data": [1]}, "data must be a list of texts"),
+        ({"data": [1]}, "data must be a path or a mapping"),
         ({"base": ""}, "base is missing"),
         ({"kind": "dpo"}, "kind is 'dpo', expected one of pt, sft"),
         ({"packing": "yes"}, "packing must be bool"),

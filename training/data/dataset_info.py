@@ -72,7 +72,8 @@ def _source(name: str, table: dict[str, Any], path: Path) -> Source:
     if name not in table:
         near = difflib.get_close_matches(name, table, 3)
         raise BadRecipeError(
-            f"{path} has no data set {name!r}", f"did you mean {' or '.join(near)}?" if near else "add it there"
+            f"{path} has no data set {name!r}",
+            f"did you mean {' or '.join(near)}?" if near else "add it there",
         )
     entry, where = table[name], f"{path}, {name}"
     if not isinstance(entry, dict):

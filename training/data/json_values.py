@@ -59,29 +59,34 @@ def name(value: object) -> str:
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether the first line that is not blank is an object alone and more follows it, or it is one row alone."""
-    opening = next((chunk.lstrip(" \t\r\n")[:1] for chunk in encoded.chunks(path) if chunk.strip()), "")
-    if opening != "{":
-        return False
-    first: dict[str, Any] | None = None
-    with encoded.opened(path) as file:
-        while line := file.readline(encoded.LARGEST).removeprefix(encoded.BOM):
-            if first is not None and line.strip():
-                return True
-            if first is None and line.strip():
-                try:
-                    first = json.loads(line.decode())
-                except (ValueError, RecursionError):
-                    return False
-    return first is not None and _is_row(first)
+    """Whether an object stands on one line with more after it, or alone and is one row."""
+    text = _Text(path)
+    kinds: dict[str, type] = {}
+    try:
+        if text.peek() != "{":
+            return False
+        text.take("{")
+        text.crossed_line = False
+        while text.peek() == '"':
+            key = text.value()
+            text.take(":")
+            kinds[key] = type(text.value())
+            if text.crossed_line or text.read > encoded.LARGEST:
+                return False
+            if text.take(",}") == "}":
+                return bool(text.peek()) or _is_row(kinds)
+        text.take("}")
+        return bool(text.peek())
+    except BadDataError:
+        return False  # what is broken is said by the reader of documents, or of lines where more follows
 
 
-def _is_row(value: dict[str, Any]) -> bool:
+def _is_row(kinds: dict[str, type]) -> bool:
     """Whether a document that is one object is one row, and not rows by key or columns."""
-    kinds = {type(item) for item in value.values()}
-    if not value or "data" in value or kinds == {dict}:
+    found = set(kinds.values())
+    if "data" in kinds or found == {dict}:
         return False
-    return kinds != {list} or set(value) <= set(CONVERSATIONS)
+    return found != {list} or set(kinds) <= set(CONVERSATIONS)
 
 
 class _Text:
@@ -92,13 +97,16 @@ class _Text:
         self._chunks = encoded.chunks(path)
         self._window, self._at, self._lines, self._ended = "", 0, 0, False
         self._last = 0  # where the value taken last begins: places are counted for messages only
-        self.read = 0
+        self.read = 0  # characters
+        self.crossed_line = False  # whether a line ended between two values
 
     def peek(self) -> str:
         """The next character that is not space, "" at the end."""
         while True:
             match = SPACE.match(self._window, self._at)
-            self._at = match.end() if match else self._at
+            if match and match.end() > self._at:
+                self.crossed_line = self.crossed_line or "\n" in match.group()
+                self._at = match.end()
             if self._at < len(self._window):
                 return self._window[self._at]
             if not self._more():
