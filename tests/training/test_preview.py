@@ -91,7 +91,7 @@ def test_only_the_first_rows_are_read(make: Make) -> None:
 
 
 def test_plain_text_shows_its_end_and_where_blocks_begin(make: Make) -> None:
-    texts = ["Asthma is a disease of the airways. " * 3, "Short."]
+    texts = ["Asthma is a disease of the airways. " * 3, "Short of breath. " * 4]
     result = make("pt", [{"text": text} for text in texts], cutoff=16)
     first, second = result["samples"]
     assert result["template"] is None
