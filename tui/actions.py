@@ -185,6 +185,19 @@ def resume(root: Path, params: dict[str, Any]) -> Action:
     return Action("train", "training.job:run", resumed, f"resume {Path(run).name}", line)
 
 
+def preview(config: dict[str, Any], samples: int = 3) -> Action:
+    """The first samples as a run with these settings would see them; a question to a child, nothing is written."""
+    return Action("preview", "training.preview:run", {"config": config, "samples": samples}, "preview")
+
+
+def audit(root: Path, train_files: list[str], test_files: list[str]) -> Action:
+    """Look for test rows in the training data, and for repeats within it."""
+    params = {"train": list(train_files), "test": list(test_files)}
+    words = ["audit", "--train", *train_files, *(["--test", *test_files] if test_files else [])]
+    names = ", ".join(Path(name).name for name in train_files)
+    return Action("audit", "training.audit.job:run", params, f"audit {names}", command(root, *words))
+
+
 def live(root: Path, base: str, adapters: dict[str, str], type_: str) -> Action:
     """Make the base's GGUF and the adapters' LoRA GGUFs, so that weights can change while they talk."""
     params = {"base": base, "adapters": dict(adapters), "type": type_, "out": str(root / "gguf")}

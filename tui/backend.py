@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tui import actions
 from tui.actions import Action, Mixture
+from tui.asking import Asker
 from tui.forecaster import Forecaster
 from tui.jobwatch import JobWatch, job_row
 from tui.snapshots import (
@@ -20,13 +21,16 @@ from tui.snapshots import (
     JobRow,
     Overview,
     PlanView,
+    PreviewView,
     SampleRow,
+    TrainRun,
     VerdictView,
 )
 
 if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
     from tui.chatting import ChatPort
+    from tui.reading_runs import RunReader
 
 
 class Backend(Protocol):
@@ -53,6 +57,15 @@ class Backend(Protocol):
 
     def report(self, path: str) -> VerdictView | None:
         """The whole verdict kept beside a merge, None where there is none."""
+        ...
+
+    def train_runs(self) -> tuple[TrainRun, ...]:
+        """The training runs on disk with their curves, and adapters that carry one; newest first."""
+        ...
+
+    def preview(self, config: dict[str, Any]) -> PreviewView:
+        """The first samples as a run with these settings would see them; a child process works seconds on it.
+        Asking anew ends the one that runs, whose caller gets a CancelledError."""
         ...
 
     def close(self) -> None:
@@ -99,6 +112,8 @@ class LocalBackend:
         self.root = root
         self._watch = JobWatch(root / "jobs")
         self._forecaster = Forecaster()
+        self._previewer = Asker("preview", 120.0, "a smaller data file shows what it waits for")
+        self._runs: RunReader | None = None
 
     def overview(self, base: str) -> Overview:
         from engine.workspace import Workspace
@@ -124,8 +139,21 @@ class LocalBackend:
 
         return report(Path(path))
 
+    def train_runs(self) -> tuple[TrainRun, ...]:
+        from engine.workspace import Workspace
+        from tui.reading_runs import RunReader
+
+        self._runs = self._runs or RunReader()
+        return self._runs.read(Workspace(self.root))
+
+    def preview(self, config: dict[str, Any]) -> PreviewView:
+        from tui.results import preview_view
+
+        return preview_view(self._previewer.ask(actions.preview(config)))
+
     def close(self) -> None:
         self._forecaster.stop()
+        self._previewer.stop()
 
     def poll_jobs(self, wanted: frozenset[str]) -> tuple[tuple[JobRow, ...], dict[str, JobFeed]]:
         return self._watch.poll(wanted)

@@ -33,3 +33,15 @@ def numbers(values: Any) -> dict[str, float]:
     if not isinstance(values, dict):
         return {}
     return {str(key): float(value) for key, value in values.items() if number(value) is not None}
+
+
+def measured(value: Any) -> float | None:
+    """A measured value: a number, or NaN and infinity, which JSON lines here spell "nan", "inf", "-inf"; else None."""
+    if isinstance(value, str):
+        return float(value) if value in ("nan", "inf", "-inf") else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

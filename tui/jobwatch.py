@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tui.foreign import measured
 from tui.snapshots import JobFeed, JobRow
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ class _Followed:
         if not isinstance(step, int | float):
             return
         for name, value in data.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                self.curves.setdefault(name, []).append((float(step), float(value)))
-                self.latest[name] = float(value)
+            number = measured(value)
+            if name != "step" and number is not None:
+                self.curves.setdefault(name, []).append((float(step), number))
+                self.latest[name] = number
 
     def feed(self) -> JobFeed:
         return JobFeed(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
 
 MAX_CURVE = 2000
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".txt", ".md", ".yaml", ".yml")
 
 
 def read_workspace(workspace: Workspace, base: str) -> Overview:
@@ -263,6 +264,12 @@ def _sample(sample: dict[str, Any], prompts: dict[str, str]) -> SampleRow:
 
 
 def _data(places: list[Path]) -> list[DataFile]:
-    kinds = (".jsonl", ".yaml", ".yml")
+    """Data sets and configs; hidden files and what cannot be read are left out."""
     files = [path for place in places if place.is_dir() for path in sorted(place.iterdir())]
-    return [DataFile(str(path), path.name, path.stat().st_size) for path in files if path.suffix in kinds]
+    rows = []
+    for path in files:
+        if path.name.startswith(".") or path.suffix.lower() not in DATA_SUFFIXES or not path.is_file():
+            continue
+        stat = path.stat()
+        rows.append(DataFile(str(path), path.name, stat.st_size, stat.st_mtime))
+    return rows

@@ -55,6 +55,22 @@ def save_selection(root: Path, chosen: Selection) -> None:
         pass
 
 
+def notes(root: Path, name: str) -> dict[str, Any]:
+    """What a screen (`name`) left here for its next time in this workspace; {} when nothing."""
+    try:
+        return _read(_file(root).with_name(f"{name}-{_file(root).stem.partition('-')[2]}.json"))
+    except OSError:
+        return {}
+
+
+def save_notes(root: Path, name: str, values: dict[str, Any]) -> None:
+    """Leave values for the next time; they are all replaced."""
+    try:
+        _write(_file(root).with_name(f"{name}-{_file(root).stem.partition('-')[2]}.json"), values)
+    except OSError:
+        pass
+
+
 def theme(default: str) -> str:
     try:
         return str(_read(state_dir() / "theme.json").get("theme") or default)

@@ -1,4 +1,4 @@
-"""Results of merge, verify, plan and interference jobs as what the screens show. Pure; text in them is foreign."""
+"""Results of jobs (merge, verify, plan, interference, preview) as the screens show them. Pure; text is foreign."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 from engine.errors import BadInputError
 from tui.foreign import number, numbers
-from tui.snapshots import FindingView, ModuleView, OverlapView, PlanView, VerdictView
+from tui.snapshots import (
+    FindingView,
+    ModuleView,
+    OverlapView,
+    Piece,
+    PlanView,
+    PreviewView,
+    SampleView,
+    VerdictView,
+)
 
 
 def verdict(said: dict[str, Any]) -> VerdictView:
@@ -121,4 +130,42 @@ def overlap(said: dict[str, Any]) -> OverlapView:
             (kind, tuple(values.get(layer, math.nan) for layer in range(depth)))
             for kind, values in kinds.items()
         ),
+    )
+
+
+def preview_view(result: dict[str, Any]) -> PreviewView:
+    """The result of training.preview as a PreviewView; what is not of the expected kind counts as not there."""
+    template = result.get("template")
+    name = template.get("name") if isinstance(template, dict) else template
+    counted = result.get("counted")
+    counted = counted if isinstance(counted, dict) else {}
+    samples = [_sample(entry) for entry in _list(result.get("samples")) if isinstance(entry, dict)]
+
+    def count(key: str) -> int | None:
+        value = number(counted.get(key))
+        return None if value is None else int(value)
+
+    return PreviewView(
+        tuple(samples),
+        template=name if isinstance(name, str) else "",
+        cutoff=int(number(result.get("cutoff")) or 0),
+        rows=count("rows"),
+        too_long=count("too_long"),
+        untrained=count("untrained"),
+        warnings=tuple(str(words) for words in _list(result.get("warnings"))),
+    )
+
+
+def _sample(entry: dict[str, Any]) -> SampleView:
+    pieces = [piece for piece in _list(entry.get("pieces")) if isinstance(piece, dict)]
+    return SampleView(
+        str(entry.get("place") or ""),
+        int(number(entry.get("length")) or 0),
+        int(number(entry.get("trained")) or 0),
+        int(number(entry.get("cut")) or 0),
+        tuple(
+            Piece(str(piece.get("text", "")), bool(piece.get("trained")), bool(piece.get("special")))
+            for piece in pieces
+        ),
+        str(entry.get("note") or ""),
     )

@@ -278,11 +278,66 @@ class SampleRow:
     facts: tuple[tuple[str, str], ...] = ()
 
 
+Points = tuple[tuple[float, float], ...]  # (step, value); a value that is not finite is a gap
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What a training run left on disk: its settings and curves. Of an adapter whose run folder is gone, or that came
+    from elsewhere, `path` is the adapter's own folder and `resumable` is false."""
+
+    path: str
+    name: str
+    kind: str = ""  # "pt", "sft" or "" (unknown)
+    created: float = 0.0
+    config: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, Points] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
+    adapter: str = ""  # the finished adapter's folder, "" while there is none
+    finished: float = 0.0  # when that appeared
+    steps: int = 0  # planned, 0 when nothing says
+    resumable: bool = False  # it has a checkpoint
+
+
+class Piece(NamedTuple):
+    """A part of a sample as the model sees it: consecutive tokens of one fate."""
+
+    text: str
+    trained: bool
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One training sample, encoded. `length` and `trained` count tokens; `cut` those that the cutoff takes."""
+
+    place: str
+    length: int
+    trained: int
+    cut: int = 0
+    pieces: tuple[Piece, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PreviewView:
+    """The first samples exactly as a run would see them, and what was counted over the rows looked at."""
+
+    samples: tuple[SampleView, ...]
+    template: str = ""
+    cutoff: int = 0
+    rows: int | None = None
+    too_long: int | None = None
+    untrained: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class DataFile:
     path: str
     name: str
     nbytes: int
+    modified: float = 0.0
 
 
 @dataclass(frozen=True)

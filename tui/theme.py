@@ -5,7 +5,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from textual.theme import Theme
+
+# Several runs of one kind in one plot: shades of the kind's colour, as $pt-2, $pt-3, ...; `other` is of unknown kind.
+DARK_SHADES = {
+    "pt": ("#62a8e5", "#aed6f5", "#3f74c9", "#55c7cf"),
+    "sft": ("#e8955a", "#f5cda8", "#bd6633", "#e6b84d"),
+    "other": ("#a99fd6", "#d6cff0", "#7e70b8", "#c58fd0"),
+}
+LIGHT_SHADES = {
+    "pt": ("#1f6fb2", "#6aaede", "#123f6b", "#12868f"),
+    "sft": ("#b4541a", "#e0935f", "#6e300c", "#96740a"),
+    "other": ("#6a5bb0", "#a398d6", "#3d3275", "#8d4a9b"),
+}
+
+
+def _shades(of: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """{"pt-2": ..., "pt-3": ..., "other": ...}: all but the first of PT and SFT, which have names of their own."""
+    return {
+        kind if number == 1 else f"{kind}-{number}": colour
+        for kind, colours in of.items()
+        for number, colour in enumerate(colours, 1)
+        if number > 1 or kind == "other"
+    }
+
 
 DARK = Theme(
     name="medmerge-dark",
@@ -23,6 +48,7 @@ DARK = Theme(
     variables={
         "pt": "#62a8e5",
         "sft": "#e8955a",
+        **_shades(DARK_SHADES),
         "faint": "#878ea3",
         "rule": "#2c303b",
         "block-cursor-foreground": "#f2f3f7",
@@ -57,6 +83,7 @@ LIGHT = Theme(
     variables={
         "pt": "#1f6fb2",
         "sft": "#b4541a",
+        **_shades(LIGHT_SHADES),
         "faint": "#6b7183",
         "rule": "#d9d9d2",
         "block-cursor-foreground": "#14161c",
@@ -78,7 +105,9 @@ LIGHT = Theme(
 THEMES = (DARK, LIGHT)
 
 # For themes of others (the palette offers Textual's own): meaning keeps a colour there too.
-VARIABLE_DEFAULTS = {"pt": "#62a8e5", "sft": "#e8955a", "faint": "#858b9d", "rule": "#50556a"}
+VARIABLE_DEFAULTS = {
+    "pt": "#62a8e5", "sft": "#e8955a", "faint": "#858b9d", "rule": "#50556a", **_shades(DARK_SHADES),
+}  # fmt: skip
 
 LABEL_STYLE = {"pt": "$pt", "sft": "$sft"}
 

@@ -29,9 +29,11 @@ from tui.snapshots import (
     ModelRow,
     Overview,
     PlanView,
+    PreviewView,
     RunRow,
     SampleRow,
     Selection,
+    TrainRun,
     VerdictView,
 )
 
@@ -139,6 +141,9 @@ class FakeBackend:
         self.answers: list[str] = ["Metformin is taken with food."]
         self.forecasts: dict[str, dict[str, Any]] = {}  # by dtype
         self.reports: dict[str, VerdictView] = {}
+        self.trained: tuple[TrainRun, ...] = ()
+        self.previews: list[dict[str, Any]] = []  # the configs asked with
+        self.preview_view = PreviewView(())
         self.closed = False
 
     def _ask(self, name: str) -> None:
@@ -167,6 +172,15 @@ class FakeBackend:
     def report(self, path: str) -> VerdictView | None:
         self._ask("report")
         return self.reports.get(path)
+
+    def train_runs(self) -> tuple[TrainRun, ...]:
+        self._ask("train_runs")
+        return self.trained
+
+    def preview(self, config: dict[str, Any]) -> PreviewView:
+        self._ask("preview")
+        self.previews.append(config)
+        return self.preview_view
 
     def close(self) -> None:
         self.closed = True

@@ -1,21 +1,17 @@
-"""Train and evaluate: curves, tables that fill, numbers with their intervals, starting runs."""
+"""Evaluate: curves of the sweep, tables that fill, numbers with their intervals, starting runs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from textual.widgets import DataTable
 
-from tests.tui.fake_backend import CHOSEN, FULL, PT, TABLE, FakeBackend, job, metric, show, text_of, until
+from tests.tui.fake_backend import FULL, TABLE, FakeBackend, job, metric, show, text_of, until
 from tui import actions, metrics
 from tui.app import MedmergeApp
 from tui.screens.dialogs import TextScreen
-from tui.screens.train import TrainScreen
 from tui.snapshots import JobFeed
-from tui.widgets.choice import Choice
-from tui.widgets.field import Field
 from tui.widgets.plot import PlotPanel
 
 
@@ -28,9 +24,9 @@ async def test_the_sweep_is_the_first_thing_seen(app: MedmergeApp) -> None:
     async with app.run_test(size=(120, 36)) as pilot:
         await show(pilot, "evaluate")
         await until(pilot, lambda: app.screen.query_one("#plots").display)
-        overlap = app.screen.query_one("#overlap", PlotPanel)._shown
-        text = app.screen.query_one("#perplexity", PlotPanel)._shown
-        assert overlap is not None and text is not None
+        overlap = app.screen.query_one("#overlap", PlotPanel).shown
+        text = app.screen.query_one("#perplexity", PlotPanel).shown
+        assert overlap and text
         assert overlap[0].points == ((0.0, 25.1), (0.3, 14.4), (0.5, 10.3), (1.0, 1.0))
         assert overlap[1].points == ((0.0, 8.2), (0.3, 4.7), (0.5, 4.0), (1.0, 1.1))
         assert [y for _, y in text[0].points] == [11.5, 8.6, 7.1, 6.0]
@@ -123,95 +119,3 @@ def test_sweep_file_is_read_back_by_the_engine(tmp_path: Path) -> None:
     config = load_config(path, tmp_path)
     assert [task.name for task in config.tasks] == ["medquad_short", "safety", "medical_text"]
     assert config.weights[0] == {"pt": 0.0, "sft": 1.0} and config.weights[-1] == {"pt": 1.0, "sft": 0.0}
-
-
-# ---- train ---------------------------------------------------------------------------------------------------
-
-
-async def test_form_makes_a_config_the_training_code_accepts(
-    app: MedmergeApp, backend: FakeBackend, tmp_path: Path
-) -> None:
-    from training.config import from_mapping, read
-
-    backend.root = tmp_path
-    async with app.run_test(size=(120, 36)) as pilot:
-        await show(pilot, "train")
-        screen = app.screen
-        await until(pilot, lambda: screen.query_one("#preset", Choice).value == "demo-pt")
-        await until(pilot, lambda: screen.query_one("#data", Choice).value.endswith("pt_train.jsonl"))
-        screen.query_one("#kind").focus()
-        await pilot.press("right")
-        await until(pilot, lambda: screen.query_one("#preset", Choice).value == "demo-sft")
-        assert screen.query_one("#data", Choice).value.endswith("sft_train.jsonl")
-        assert screen.query_one("#name", Field).value == "my-sft"
-        screen.query_one("#epochs", Field).value = "2"
-        await pilot.press("t")
-        await until(pilot, lambda: backend.started)
-        action = backend.started[0]
-        config = from_mapping(action.params["config"])
-        assert (config.kind, config.epochs, config.rank) == ("sft", 2.0, 8)
-        assert action.params["run"] == str(tmp_path / "runs" / "my-sft")
-        written = read(tmp_path / "runs" / "my-sft.yaml", tmp_path)
-        assert written.learning_rate == config.learning_rate, "the command line trains the same"
-        assert str(tmp_path / "runs" / "my-sft.yaml") in action.command
-
-
-@pytest.mark.parametrize("field, value", [("epochs", "many"), ("name", "../x"), ("rank", "8.5")])
-async def test_form_says_what_is_wrong(
-    app: MedmergeApp, backend: FakeBackend, field: str, value: str
-) -> None:
-    async with app.run_test(size=(120, 36)) as pilot:
-        await show(pilot, "train")
-        await until(pilot, lambda: app.screen.query_one("#preset", Choice).value == "demo-pt")
-        app.screen.query_one(f"#{field}", Field).value = value
-        await pilot.press("t")
-        await until(pilot, lambda: app._notifications)
-        assert backend.started == []
-
-
-async def test_runs_are_overlaid_and_keep_their_colour(app: MedmergeApp, backend: FakeBackend) -> None:
-    new = {"kind": "sft", "output": "/ws/adapters/new"}
-    old = {"kind": "pt", "output": "/ws/adapters/old"}
-    backend.jobs = [
-        job(2, "train", params={"config": new}, done=5.0, total=10.0, unit="steps"),
-        job(1, "train", "done", params={"config": old}, exit_code=0),
-    ]
-    nan = float("nan")
-    backend.feeds = {
-        "train-2": JobFeed(
-            {"loss": ((1, 3.0), (2, nan), (3, 2.0)), "eval_loss": ((0, 3.1),)}, {"loss": 2.0, "tok_s": 170.0}
-        ),
-        "train-1": JobFeed({"loss": ((1, 4.0), (2, 3.5))}, {"loss": 3.5}),
-    }
-    async with app.run_test(size=(120, 36)) as pilot:
-        await show(pilot, "train")
-        await until(pilot, lambda: "tok/s 170" in text_of(app, "#numbers"))
-        shown = app.screen.query_one("#plot", PlotPanel)._shown
-        assert shown is not None
-        assert [(one.name, one.style, one.faded) for one in shown[:3]] == [
-            ("new", "sft", False), ("held out", "sft", False), ("old", "pt", True),
-        ]  # fmt: skip
-        assert shown[3].name == Path(PT.path).name, "chosen adapters show the curve they were trained with"
-        assert "50%" in text_of(app, "#running")
-
-
-async def test_a_stopped_run_can_go_on(app: MedmergeApp, backend: FakeBackend) -> None:
-    backend.jobs = [job(1, "train", "lost", params={"run": "/ws/runs/my-pt", "config": {"kind": "pt"}})]
-    async with app.run_test(size=(120, 36)) as pilot:
-        await show(pilot, "train")
-        await until(pilot, lambda: app.jobs)
-        await pilot.press("r")
-        await until(pilot, lambda: backend.started)
-        assert (
-            backend.started[0].params["resume"] is True
-            and backend.started[0].params["run"] == "/ws/runs/my-pt"
-        )
-
-
-async def test_narrow_form_is_behind_a_key(app: MedmergeApp) -> None:
-    async with app.run_test(size=(80, 24)) as pilot:
-        await show(pilot, "train")
-        assert isinstance(app.screen, TrainScreen) and not app.screen.query_one("#form").display
-        await pilot.press("f")
-        await until(pilot, lambda: app.screen.query_one("#form").display)
-        assert app.selection == CHOSEN

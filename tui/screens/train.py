@@ -1,299 +1,369 @@
-"""Train answers: is it learning? One big plot of loss over steps, and a form that starts the next run."""
+"""Train answers: is it learning? One big plot of loss over steps, the runs behind it, and a form that starts the next.
+
+The form is in `train_form.py`, what is drawn of runs and audits in `train_parts.py`, how runs on disk and jobs become
+one list in `tui/training_runs.py`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
-from textual.widgets import Input, Static
+from textual.widgets import OptionList, Static
 
-from tui import actions
+from tui import actions, remember
 from tui.actions import Action
-from tui.parts import job_line
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
-from tui.snapshots import AdapterDetail, JobFeed, JobRow, Overview
-from tui.text import cut, smooth
-from tui.widgets.choice import Choice
-from tui.widgets.field import Field
-from tui.widgets.plot import PlotPanel, Series
-from tui.widgets.sized import SizedStatic
+from tui.screens.dialogs import ConfirmScreen, TextScreen
+from tui.screens.train_form import TrainForm, read_presets
+from tui.screens.train_parts import audit_words, leak_page, run_line, runs_header, status, strip
+from tui.snapshots import JobFeed, JobRow, Overview, PreviewView, TrainRun
+from tui.text import smooth
+from tui.training_runs import AuditView, RunView, audit_of, give_colours, views
+from tui.widgets.plot import PlotPanel, Series, resting_end
+from tui.widgets.rows import RowList
+from tui.widgets.samples import SamplePreview
+from tui.widgets.sized import SizedStatic, WidthChanged
 
-# key of training.config.TrainConfig, words on the form, how to read it
-NUMBERS = (
-    ("epochs", "epochs", float),
-    ("learning_rate", "learning rate", float),
-    ("rank", "rank", int),
-    ("alpha", "alpha", int),
-    ("cutoff", "cutoff tokens", int),
-    ("accumulation", "accumulation", int),
-    ("max_steps", "max steps (0: all)", int),
-)
-KINDS = (("pt", "PT: plain text"), ("sft", "SFT: conversations"))
-TEMPLATES = ("model", "chatml", "qwen3_nothink", "qwen3", "llama3")
-OVERLAID = 4
-SMOOTH_FROM = 60  # steps
+OVERLAID = 4  # runs in the plot before the person chooses
+SMOOTHING = {"off": 0.0, "light": 0.8, "strong": 0.96}  # how much of the mean before stays with every point
+
+
+class RunList(RowList[RunView]):
+    """The runs. `touched`: the person moved in it; before that it follows the newest one."""
+
+    touched = False
+
+    def action_cursor_up(self) -> None:
+        self.touched = True
+        super().action_cursor_up()
+
+    def action_cursor_down(self) -> None:
+        self.touched = True
+        super().action_cursor_down()
+
+    def on_click(self) -> None:
+        self.touched = True
+
+    def on_resize(self, event: events.Resize) -> None:
+        super().on_resize(event)
+        self.post_message(WidthChanged())  # the header above is made for the same width
 
 
 class TrainScreen(MedScreen):
     NAME = "train"
     CSS_PATH = "train.tcss"
     QUESTION = "Train: is it learning?"
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide"), (160, "-huge")]
     BINDINGS = [
         Binding("t", "train", "train"),
-        Binding("f", "form", "settings"),
-        Binding("x", "cancel", "cancel"),
+        Binding("x", "cancel", "stop"),
         Binding("r", "resume", "resume"),
+        Binding("f", "form", "settings"),
+        Binding("p", "preview", "preview"),
+        Binding("u", "audit", "audit"),
+        Binding("space", "overlay", "run in the plot or not", key_display="space", show=False),
+        Binding("l", "log", "log axis"),
+        Binding("s", "smooth", "smoothing"),
+        Binding("v", "leaks", "leaks found", show=False),
         Binding("up", "app.focus_previous", "previous field", show=False),
         Binding("down", "app.focus_next", "next field", show=False),
     ]
 
     def __init__(self) -> None:
         super().__init__()
-        self._presets: dict[str, dict[str, Any]] = {}
-        self._defaults: dict[str, Any] = {}
-        self._curves: dict[str, AdapterDetail] = {}
-        self._tests_known = False
+        self._on_disk: tuple[TrainRun, ...] = ()
+        self._read_for: object = None  # the overview for which runs were read last
+        self._colours: dict[str, str] = {}
+        self._overlay: dict[str, bool] = {}
+        self._wanted = ""  # the run to select once it is in the list
+        self._log = False
+        self._smoothing = "light"
+        self._audit = AuditView()
+        self._previewed: dict[str, Any] | None = None
+        self._keep: dict[str, Any] = {}
 
     def body(self) -> ComposeResult:
         with Horizontal(id="columns"):
-            with VerticalScroll(id="form", can_focus=False):
-                yield Choice(
-                    "kind",
-                    (("pt", "PT: plain text"), ("sft", "SFT: conversations")),
-                    id="kind",
-                    label_width=20,
-                )
-                yield Choice("preset", (("", "none"),), id="preset", label_width=20)
-                yield Choice("data", (), id="data", label_width=20)
-                yield Choice("tests", (("", "none"),), id="tests", label_width=20)
-                yield Choice(
-                    "template", tuple((name, name) for name in TEMPLATES), id="template", label_width=20
-                )
-                for key, words, _ in NUMBERS:
-                    with Horizontal(classes="field"):
-                        yield Static(Content(words), classes="label")
-                        yield Field(id=key)
-                with Horizontal(classes="field"):
-                    yield Static(Content("name"), classes="label")
-                    yield Field("my-pt", id="name")
-                yield Static(id="base", classes="faint")
-            with Vertical(id="right"):
-                yield PlotPanel(
-                    "loss (smoothed)", "step", "No run yet.  f the settings, t trains.", id="plot"
-                )
-                yield Static(id="numbers")
-                yield SizedStatic(id="running")
+            with Vertical(id="side"):
+                yield TrainForm(id="form")
+                yield Static(id="about")
+                yield SizedStatic(id="audit")
+            with Vertical(id="main"):
+                yield PlotPanel("loss", "step", id="plot")
+                yield SizedStatic(id="numbers")
+                yield Static(id="status")
+                yield Static(id="runs-head")
+                yield RunList(self._run_line, lambda run: run.key, id="runs")
+            yield SamplePreview(id="preview")
 
     def on_mount(self) -> None:
-        self.ask("presets", _read_presets)
-        self.query_one("#kind").focus()
+        root = self.med.backend.root
+        self.ask("presets", read_presets)
+        self.ask("notes", lambda: remember.notes(root, "train"))
+        self.run_list.focus()
 
     @property
-    def kind(self) -> str:
-        return self.query_one("#kind", Choice).value
+    def form(self) -> TrainForm:
+        return self.query_one("#form", TrainForm)
 
-    # ---- showing -----------------------------------------------------------------------------------------
+    @property
+    def run_list(self) -> RunList:
+        return self.query_one("#runs", RunList)
+
+    @property
+    def runs(self) -> tuple[RunView, ...]:
+        """All runs there are, newest first."""
+        return self.run_list.rows
+
+    @property
+    def selected(self) -> RunView | None:
+        return self.run_list.current
+
+    # ---- what comes in -------------------------------------------------------------------------------------
 
     def answered(self, question: str, value: Any) -> None:
         if question == "presets":
-            self._presets, self._defaults = value
-            self._fill_presets()
-        elif isinstance(value, AdapterDetail):
-            self._curves[value.path] = value
+            self.form.fill(*value)
+            self._show_audit()
+        elif question == "notes":
+            self._recall(value)
+        elif question == "runs":
+            self._on_disk = value
             self._draw()
+        elif question == "preview":
+            kind, view = value
+            assert isinstance(view, PreviewView)
+            self.query_one(SamplePreview).show_preview(view, kind)
 
-    def _fill_presets(self) -> None:
-        mine = [name for name, values in self._presets.items() if values.get("kind") == self.kind]
-        mine.sort(key=lambda name: not name.startswith("demo"))
-        self.query_one("#preset", Choice).set_options([(name, name) for name in mine])
-        self._fill_numbers()
+    def refused(self, question: str, message: str, hint: str) -> bool:
+        if question != "preview":
+            return False
+        self.query_one(SamplePreview).show_error(message, hint)
+        return True
 
-    def _fill_numbers(self) -> None:
-        values = {**self._defaults, **self._presets.get(self.query_one("#preset", Choice).value, {})}
-        for key, _, _ in NUMBERS:
-            self.query_one(f"#{key}", Input).value = f"{values.get(key, '')}"
-        self.query_one("#template", Choice).value = str(values.get("template", "model"))
+    def _recall(self, notes: dict[str, Any]) -> None:
+        """Go on where the last start of the app left the screen."""
+        self._log = notes.get("log") is True
+        if notes.get("smoothing") in SMOOTHING:
+            self._smoothing = notes["smoothing"]
+        for key, shown in (notes.get("overlay") or {}).items():
+            self._overlay.setdefault(str(key), bool(shown))
+        if isinstance(notes.get("form"), dict):
+            self.form.remember(notes["form"])
+        self._draw()
 
     def show_workspace(self, overview: Overview) -> None:
-        files = [file for file in overview.data if file.name.endswith(".jsonl")]
-        training = sorted(
-            files, key=lambda file: (self.kind not in file.name, "train" not in file.name, file.name)
-        )
-        self.query_one("#data", Choice).set_options([(file.path, file.name) for file in training])
-        tests = [(file.path, file.name) for file in files if "train" not in file.name]
-        self.query_one("#tests", Choice).set_options(
-            [("*", f"all {len(tests)} others"), ("", "none"), *tests] if tests else [("", "none")],
-            value=None if self._tests_known else "*",
-        )
-        self._tests_known = bool(tests)
-        base = overview.model(self.med.selection.base)
-        self.query_one("#base", Static).update(
-            Content(f"base  {cut(base.name, 30)}") if base else Content("no base chosen: press 2, then b")
-        )
-        for path in self.med.selection.labels().values():
-            if path not in self._curves:
-                self._curves[path] = AdapterDetail(path)
-                self.ask(f"curve {path}", lambda path=path: self.med.backend.detail(path))  # type: ignore[misc]
+        self.form.show_workspace(overview, self.med.selection.base)
+        self._read_runs(overview)
+        self.query_one(SamplePreview).redraw()
         self._draw()
+
+    def _read_runs(self, overview: Overview) -> None:
+        if overview is not self._read_for:
+            self._read_for = overview
+            self.ask("runs", self.med.backend.train_runs)
 
     def show_jobs(self, jobs: tuple[JobRow, ...], feeds: dict[str, JobFeed]) -> None:
-        mine = self._runs
-        self.med.follow(*(job.id for job in mine))
+        on_disk = {run.path for run in self._on_disk if run.curves}
+        told = [job for job in jobs if job.kind == "train" and str(job.params.get("run")) not in on_disk]
+        self.med.follow(*(job.id for job in told))
         self._draw()
-        live = next((job for job in mine if not job.final), None)
-        if live:
-            line = job_line(live, self.query_one("#running").size.width or 60)
-        elif mine and mine[0].state == "failed":
-            hint = f"\n→ {plain(mine[0].hint)}" if mine[0].hint else ""
-            line = Content.styled(f"✗ {plain(mine[0].error)}{hint}", "$error")
-        else:
-            line = Content("")
-        self.query_one("#running", Static).update(line)
-        self.refresh_bindings()
 
-    @property
-    def _runs(self) -> list[JobRow]:
-        """The newest training jobs."""
-        return [job for job in self.med.jobs if job.kind == "train"][:OVERLAID]
+    # ---- showing -------------------------------------------------------------------------------------------
 
     def _draw(self) -> None:
-        series: list[Series] = []
-        numbers = Content.styled("", "")
-        shown_outputs = set()
-        for age, job in enumerate(self._runs):
-            feed = self.med.feeds.get(job.id)
-            config = job.params.get("config") or {}
-            if feed is None or not feed.curves.get("loss"):
-                continue
-            name = Path(str(config.get("output") or job.params.get("run") or job.title)).name
-            shown_outputs.add(str(config.get("output")))
-            kind = str(config.get("kind"))
-            style = kind if kind in ("pt", "sft") else "primary"
-            series += _loss_series(name, feed.curves["loss"], style, age > 0)
-            if feed.curves.get("eval_loss"):
-                series.append(
-                    Series(
-                        "held out", feed.curves["eval_loss"], style, age > 0, "●", line=False, named=age == 0
-                    )
-                )
-            if not len(numbers):
-                numbers = _strip(feed, job)
-        for label, path in self.med.selection.labels().items():
-            detail = self._curves.get(path)
-            if detail and detail.curve and path not in shown_outputs:
-                series += _loss_series(Path(path).name, detail.curve, label, bool(self._runs))
-        self.query_one("#plot", PlotPanel).show(series)
-        self.query_one("#numbers", Static).update(numbers)
+        runs = views(self._on_disk, self.med.jobs, self.med.feeds)
+        give_colours(self._colours, runs)
+        for run in reversed(runs):  # a new run is in the plot; of those from before, the newest few
+            if run.key not in self._overlay and run.curves:
+                newest = [one.key for one in runs if one.curves][:OVERLAID]
+                self._overlay[run.key] = run.live or run.key in newest
+        self.run_list.show(runs)
+        self._select(runs)
+        self.run_list.display = self.query_one("#runs-head").display = bool(runs)
+        self._draw_selected()
+        self._show_audit()
+
+    def _select(self, runs: tuple[RunView, ...]) -> None:
+        """Select the run that was just started; before the person chooses one, that which runs, or the newest."""
+        if self._wanted and any(run.key == self._wanted for run in runs):
+            self.run_list.choose(self._wanted)
+            self._wanted = ""
+        elif runs and not self.run_list.touched:
+            self.run_list.choose(next((run.key for run in runs if run.live), runs[0].key))
+
+    def _draw_selected(self) -> None:
+        run = self.selected
+        width = self.query_one("#numbers").size.width or 70
+        self.query_one("#numbers", Static).update(strip(run, width))
+        self.query_one("#status", Static).update(status(run, width))
+        self.query_one("#runs-head", Static).update(runs_header(self.run_list.room))
+        self._draw_plot()
+        self.refresh_bindings()
+
+    def _draw_plot(self) -> None:
+        plot = self.query_one("#plot", PlotPanel)
+        selected = self.selected
+        shown = [run for run in self.runs if self._overlay.get(run.key) and run is not selected]
+        shown = [*([selected] if selected else []), *shown]
+        series = [one for run in shown for one in self._series(run, run is selected)]
+        steps = [x for one in series for x, _ in one.points]
+        limits = None
+        if steps and any(run.live for run in shown):
+            total = max(run.total for run in shown)
+            limits = (min(steps), resting_end(max(steps), total))
+        smoothed = {"light": "smoothed", "strong": "strongly smoothed"}.get(self._smoothing, "")
+        note = ", ".join(filter(None, ("log axis" if self._log else "", smoothed)))
+        plot.say_when_empty(self._empty())
+        plot.show(series, note=note, x_limits=limits, log=self._log)
+
+    def _series(self, run: RunView, on_top: bool) -> list[Series]:
+        """The run's loss and, as points, its held-out loss; with smoothing the steps of the selected one behind."""
+        colour, keep = self._colours[run.key], SMOOTHING[self._smoothing]
+        found = []
+        loss = run.curves.get("loss", ())
+        held_out = run.curves.get("eval_loss", ())
+        if held_out:
+            found.append(Series("held out", held_out, colour, marker="●", line=False, named=on_top))
+        if loss:
+            found.insert(0, Series(run.name, smooth(loss, keep) if keep else loss, colour))
+            if keep and on_top:
+                found.append(Series(run.name, loss, colour, faded=True, named=False))
+        return found
+
+    def _empty(self) -> Content:
+        if self.selected and self.selected.live:
+            return Content("The first loss comes with the first step.")
+        if not self.form.base:
+            return Content(
+                "A base model is needed first: the demo brings one (1),\nor put a model folder into bases/."
+            )
+        key = "bold $primary"
+        return Content.assemble(
+            "No run to show yet.\n\n", ("p", key), " shows the samples as the model will see them\n",
+            ("u", key), " looks for test rows in the data\n", ("t", key), " trains with the settings",
+            (" (f)" if self.has_class("-narrow") else "", "$faint"),
+        )  # fmt: skip
+
+    def _run_line(self, run: RunView, width: int) -> Content:
+        return run_line(run, width, self._colours.get(run.key, "other"), self._overlay.get(run.key, False))
+
+    def _show_audit(self) -> None:
+        form, overview = self.form, self.med.overview
+        modified = {file.path: file.modified for file in overview.data} if overview else {}
+        self._audit = audit_of(form.data, form.tests, self.med.jobs, self.runs, modified)
+        box = self.query_one("#audit", Static)
+        words = audit_words(self._audit, box.size.width or 38, bool(form.tests), bool(form.data))
+        box.update(words)
+        self.query_one("#about", Static).update(Content.styled(plain(form.about()), "$faint"))
+
+    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        self._draw_selected()
 
     # ---- the form ------------------------------------------------------------------------------------------
 
-    def on_choice_changed(self, event: Choice.Changed) -> None:
-        if event.choice.id == "kind":
-            self._fill_presets()
-            name = self.query_one("#name", Input)
-            if name.value in ("my-pt", "my-sft"):
-                name.value = f"my-{self.kind}"
-            if self.med.overview:
-                data = self.query_one("#data", Choice)
-                data.value = ""
-                self.show_workspace(self.med.overview)
-        elif event.choice.id == "preset":
-            self._fill_numbers()
+    def on_train_form_changed(self, event: TrainForm.Changed) -> None:
+        if self.med.overview:
+            self.form.show_workspace(self.med.overview, self.med.selection.base)
+        self._show_audit()
+        self._keep = self.form.keep()
 
-    def config(self) -> dict[str, Any] | str:
-        """The run's settings as the form says, or why they make none."""
-        selection = self.med.selection
-        if not selection.base:
-            return "choose a base first: press 2, then b"
-        data = self.query_one("#data", Choice).value
-        if not data:
-            return "there is no data file: put .jsonl files into data/"
-        name = self.query_one("#name", Input).value.strip()
-        if not name or "/" in name or name.startswith("."):
-            return "give the adapter a plain name"
-        tests = self.query_one("#tests", Choice)
-        if tests.value == "*":
-            chosen = [value for value, _ in tests.options if value not in ("*", "")]
-        else:
-            chosen = [tests.value] if tests.value else []
-        root = Path(self.med.backend.root)
-        config: dict[str, Any] = {
-            "kind": self.kind,
-            "preset": self.query_one("#preset", Choice).value,
-            "base": selection.base,
-            "data": [data],
-            "tests": [path for path in chosen if path != data],
-            "template": self.query_one("#template", Choice).value,
-            "output": str(root / "adapters" / name),
-        }
-        for key, words, kind in NUMBERS:
-            text = self.query_one(f"#{key}", Input).value.strip()
-            try:
-                config[key] = kind(text)
-            except ValueError:
-                return f"{words} should be a number, and is {text!r}"
+    def on_train_form_base_chosen(self, event: TrainForm.BaseChosen) -> None:
+        self.med.choose(replace(self.med.selection, base=event.path))
+
+    def _config(self) -> dict[str, Any] | None:
+        """What the form says; where it makes no run, that is said."""
+        config = self.form.config(self.med.backend.root)
+        if isinstance(config, str):
+            self.notify(plain(config), severity="warning", markup=False)
+            return None
+        self._keep = self.form.keep()
+        self._save_notes()
         return config
+
+    def _save_notes(self) -> None:
+        root, notes = self.med.backend.root, self._notes()
+        self.med.in_thread("remembering", lambda: remember.save_notes(root, "train", notes), lambda _: None)
+
+    def _notes(self) -> dict[str, Any]:
+        notes: dict[str, Any] = {
+            "log": self._log,
+            "smoothing": self._smoothing,
+            "overlay": dict(self._overlay),
+        }
+        return {**notes, "form": self._keep} if self._keep else notes
+
+    def on_screen_suspend(self) -> None:
+        self._save_notes()
+
+    def on_unmount(self) -> None:
+        remember.save_notes(self.med.backend.root, "train", self._notes())
+
+    # ---- keys ----------------------------------------------------------------------------------------------
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if not self.is_mounted:
             return True
         if action == "cancel":
-            return any(not job.final for job in self._runs)
+            return self._to_stop() is not None
         if action == "resume":
-            return self._stopped() is not None
+            return bool(self.selected and self.selected.resumable)
+        if action == "overlay":
+            return len(self.runs) > 1
+        if action == "leaks":
+            return bool(self._audit.examples)
         return True
-
-    def _stopped(self) -> JobRow | None:
-        """The newest run, if it stopped before its end."""
-        newest = next(iter(self._runs), None)
-        return (
-            newest
-            if newest and newest.state in ("cancelled", "lost", "failed") and newest.params.get("run")
-            else None
-        )
 
     def command(self) -> Action | None:
         """The training as set, with its config file written: the line works as it stands."""
-        config = self.config()
+        config = self.form.config(self.med.backend.root)
         if isinstance(config, str):
             return None
         actions.write_config(self.med.backend.root, config)
         return actions.train(self.med.backend.root, config)
 
     def action_train(self) -> None:
-        config = self.config()
-        if isinstance(config, str):
-            self.notify(config, severity="warning", markup=False)
+        config = self._config()
+        if config is None:
             return
         name = Path(config["output"]).name
         overview = self.med.overview
-        if overview and any(row.name == name for row in overview.adapters):
+        run_is_there = any(run.key.rpartition("/")[2] == name and run.state != "failed" for run in self.runs)
+        if run_is_there or (overview and any(Path(row.path).name == name for row in overview.adapters)):
             self.notify(
-                f"an adapter named {name} is there already; results are never overwritten",
+                f"{name} is there already, and results are never overwritten: give it another name",
                 severity="warning",
                 markup=False,
             )
-            self.query_one("#name").focus()
+            self._open_form("#name")
             return
-        self.med.start_job(
-            actions.train(self.med.backend.root, config),
-            prepare=lambda: actions.write_config(self.med.backend.root, config),
-        )
+        root = self.med.backend.root
+        action = actions.train(root, config)
+        self._wanted = str(action.params["run"])
+        self._close()
+        self.med.start_job(action, prepare=lambda: actions.write_config(root, config))
 
     def action_resume(self) -> None:
-        job = self._stopped()
-        if job:
-            self.med.start_job(actions.resume(self.med.backend.root, job.params))
+        run = self.selected
+        if run and run.resumable:
+            self._wanted = run.key
+            self.med.start_job(actions.resume(self.med.backend.root, {"run": run.key, "config": run.config}))
+
+    def _to_stop(self) -> JobRow | None:
+        """The selected run where it is running, else the newest that is."""
+        selected = [self.selected] if self.selected else []
+        return next((run.job for run in (*selected, *self.runs) if run.live), None)
 
     def action_cancel(self) -> None:
-        from tui.screens.dialogs import ConfirmScreen
-
-        job = next((job for job in self._runs if not job.final), None)
+        job = self._to_stop()
         if job is None:
             return
 
@@ -302,52 +372,74 @@ class TrainScreen(MedScreen):
                 self.med.cancel_job(job)
 
         self.app.push_screen(
-            ConfirmScreen(f"Stop “{job.title}”?", "Its checkpoints stay; r goes on from the last one."),
+            ConfirmScreen(
+                f"Stop “{job.title}”?", "Its last step is kept as a checkpoint; r goes on from there."
+            ),
             answered,
         )
 
+    def action_audit(self) -> None:
+        form = self.form
+        if not form.data:
+            self.notify("choose a data file first: f, then data", severity="warning")
+            return
+        self.med.start_job(actions.audit(self.med.backend.root, list(form.data), list(form.tests)))
+
+    def action_leaks(self) -> None:
+        if self._audit.examples:
+            self.app.push_screen(TextScreen("Test rows in the data", [leak_page(self._audit)]))
+
+    def action_preview(self) -> None:
+        """Open the samples, or read them anew when the settings are others; with nothing new, close them."""
+        config = self._config()
+        if config is None:
+            return
+        if self.has_class("preview-open") and config == self._previewed:
+            self._close()
+            return
+        self.remove_class("form-open")
+        self.add_class("preview-open")
+        self._previewed = config
+        panel, kind = self.query_one(SamplePreview), config["kind"]
+        panel.show_words("Reading the first samples as the model will see them …")
+        panel.query_one("SizedScroll").focus()
+        self.ask("preview", lambda: (kind, self.med.backend.preview(config)))
+
     def action_form(self) -> None:
-        form = self.query_one("#form")
-        if self.has_class("-narrow"):
-            self.toggle_class("form-open")
-        if form.display:
-            self.query_one("#kind").focus()
+        if self.has_class("form-open"):
+            self._close()
+        else:
+            self._open_form("#kind")
 
+    def _open_form(self, field: str) -> None:
+        self.remove_class("preview-open")
+        self.add_class("form-open")
+        self.call_after_refresh(self.query_one(field).focus)
 
-def _loss_series(name: str, points: tuple[tuple[float, float], ...], style: str, old: bool) -> list[Series]:
-    """A loss as one curve; a noisy one (many steps) as its moving average, with the steps faint behind it."""
-    if len(points) < SMOOTH_FROM:
-        return [Series(name, points, style, old)]
-    mean = Series(name, smooth(points), style, old)
-    return [mean] if old else [mean, Series(name, points, style, faded=True, named=False)]
+    def _close(self) -> None:
+        """Back to the curves."""
+        self.remove_class("form-open", "preview-open")
+        self._previewed = None
+        self.run_list.focus()
 
+    def action_back(self) -> None:
+        if self.has_class("form-open") or self.has_class("preview-open"):
+            self._close()
+        else:
+            super().action_back()
 
-def _read_presets() -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    import dataclasses
+    def action_overlay(self) -> None:
+        run = self.selected
+        if run:
+            self._overlay[run.key] = not self._overlay.get(run.key, False)
+            self.run_list.show(self.runs)
+            self._draw_plot()
 
-    from training.config import PRESETS, TrainConfig
+    def action_log(self) -> None:
+        self._log = not self._log
+        self._draw_plot()
 
-    defaults = {
-        item.name: item.default
-        for item in dataclasses.fields(TrainConfig)
-        if item.default is not dataclasses.MISSING
-    }
-    return dict(PRESETS), defaults
-
-
-def _strip(feed: JobFeed, job: JobRow) -> Content:
-    """The strip of numbers of the newest run."""
-    latest = feed.latest
-    parts = [
-        Content.assemble((f"{words} ", "$faint"), (f"{latest[key]:{form}}", "bold"))
-        for key, words, form in (
-            ("loss", "loss", ".3f"),
-            ("eval_loss", "held out", ".3f"),
-            ("lr", "lr", ".2e"),
-            ("grad_norm", "grad", ".2f"),
-            ("tok_s", "tok/s", ",.0f"),
-            ("tokens", "tokens", ",.0f"),
-        )
-        if key in latest
-    ]
-    return Content("   ").join(parts)
+    def action_smooth(self) -> None:
+        names = list(SMOOTHING)
+        self._smoothing = names[(names.index(self._smoothing) + 1) % len(names)]
+        self._draw_plot()

@@ -57,7 +57,7 @@ class RowList(OptionList, Generic[Row]):
             self._redraw()
             return
         self._keys = keys
-        width = self._room
+        width = self.room
         if not rows:
             self.set_options([Option(self.empty, disabled=True)] if self.empty else [])
             return
@@ -73,11 +73,12 @@ class RowList(OptionList, Generic[Row]):
             self.highlighted = self._keys.index(key)
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
+        """Cells for a row."""
         return max(10, self.scrollable_content_region.width - 2)
 
     def _redraw(self) -> None:
-        width = self._room
+        width = self.room
         for index, row in enumerate(self.rows):
             drawn = self._draw_row(row, width)
             if self.get_option_at_index(index).prompt != drawn:
