@@ -53,7 +53,7 @@ class TrainConfig:
     accumulation: batches of batch_size blocks per optimizer step, over all processes together.
     epochs: passes over the data. shots: train on so many rows only, a random nested choice by `shots_seed`.
     train_on_prompt, mask_history: sft only; which turns carry loss (LLaMA-Factory's meaning).
-    warmup: share of the steps in which the learning rate rises from 0.
+    warmup: share of the steps (below 1), or number of steps, in which the learning rate rises from 0.
     dtype: of the frozen base; "auto" is bfloat16 on CUDA and float32 elsewhere. Adapters train in float32.
     quantization: "nf4" keeps the frozen base in 4 bits (QLoRA, arXiv 2305.14314; CUDA and bitsandbytes).
     processes: of this machine, 0 for one a GPU; more than one go through accelerate (distributed: ddp or fsdp).
@@ -130,7 +130,7 @@ class TrainConfig:
             "beta1": (0 <= self.beta1 < 1, "at least 0 and below 1"),
             "beta2": (0 <= self.beta2 < 1, "at least 0 and below 1"),
             "epsilon": (0 < self.epsilon < 1, "above 0 and below 1"),
-            "warmup": (0 <= self.warmup < 1, "a share of the steps, at least 0 and below 1"),
+            "warmup": (0 <= self.warmup < math.inf, "a share of the steps below 1, or a number of steps"),
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             "max_grad_norm": (0 < self.max_grad_norm < math.inf, "above 0"),
             "epochs": (0 < self.epochs < math.inf, "above 0"),
@@ -139,6 +139,10 @@ class TrainConfig:
             "eval_batch_size": (self.eval_batch_size >= 0, "0 (as batch_size) or more"),
             "accumulation": (self.accumulation >= 1, "at least 1"),
             "cutoff": (self.cutoff >= 16, "at least 16 tokens"),
+            "mask_history": (
+                not (self.mask_history and self.train_on_prompt),
+                "false where train_on_prompt is true: the one hides what the other trains",
+            ),
             "held_out": (self._held_out_makes_sense(), "a number of rows, or a share of them below 1"),
             "eval_every": (self.eval_every >= 1, "at least 1"),
             "save_every": (self.save_every >= 1, "at least 1"),

@@ -33,12 +33,9 @@ class CurveFile:
             self._torn = True
 
     def rewind(self, step: int) -> None:
-        """Keep the points up to `step`, evaluations at `step` itself aside: they are measured again."""
+        """Keep the points up to `step`, an evaluation at `step` itself aside: it is measured again."""
         kept = [p for p in read(self.path) if p["step"] < step or (p["step"] == step and "loss" in p)]
         write_text(self.path, "".join(json.dumps(point) + "\n" for point in kept))
-
-    def has_evaluation(self, step: int) -> bool:
-        return any(point["step"] == step and "eval_loss" in point for point in read(self.path))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -213,7 +213,7 @@ def arguments(config: TrainConfig, steps: int, run_folder: Path) -> Any:
         adam_beta2=config.beta2,
         adam_epsilon=config.epsilon,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
-        warmup_steps=math.ceil(config.warmup * steps),
+        warmup_steps=int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * steps),
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
         bf16=cuda and config.dtype != "float32",

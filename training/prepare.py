@@ -120,13 +120,18 @@ def fingerprint(config: TrainConfig, encoder: Encoder, data: list[DataFile], dro
             for source in (*config.data, *config.eval_data)
         ],
         "tokenizer": hashlib.sha256(spelled).hexdigest(),
-        "dropped": {Path(file).name: sorted(rows) for file, rows in sorted(drop.items()) if rows},
+        "dropped": [sorted(drop.get(path, {})) for path in _paths(config)],
     }
+
+
+def _paths(config: TrainConfig) -> list[str]:
+    """Every file or folder of the run, training first; each once."""
+    return list(dict.fromkeys(source.path for source in (*config.data, *config.eval_data)))
 
 
 def data_files(config: TrainConfig, events: EventWriter) -> list[DataFile]:
     """Name, SHA-256 and rows of every file of the run, training first; each file once."""
-    paths = dict.fromkeys(source.path for source in (*config.data, *config.eval_data))
+    paths = _paths(config)
     found = []
     for number, path in enumerate(paths):
         events.progress(number, len(paths), "files", f"reading {Path(path).name}", phase="data")
@@ -168,8 +173,8 @@ def _encode(
     data: list[DataFile],
     events: EventWriter,
 ) -> TokenStore:
-    rows = {item.file: item.rows for item in data}
-    total = sum(rows.get(Path(source.path).name, 0) for source in (*config.data, *config.eval_data))
+    rows = dict(zip(_paths(config), (item.rows for item in data), strict=True))
+    total = sum(rows[source.path] for source in (*config.data, *config.eval_data))
     counts = {"rows": 0, "too_long": 0, "cut_tokens": 0, "untrained": 0, "dropped": 0, "eval_documents": 0}
     first_untrained = first_long = ""
     with TokenWriter(folder) as writer:
@@ -239,9 +244,8 @@ def arrange(config: TrainConfig, store: TokenStore, data: list[DataFile]) -> Pre
     wanted = config.held_out_rows(int((~evaluation).sum()))
     held = evaluation.copy()
     if wanted:
-        keys = [value.tobytes() for value in store.keys]
-        chosen = held_out_keys(keys, wanted, config.seed)
-        held |= np.array([key in chosen for key in keys])
+        chosen = held_out_keys(store.keys[~evaluation], wanted, config.seed)
+        held |= np.array([key.tobytes() in chosen for key in store.keys])
     training = np.flatnonzero(~held & (store.copies > 0))
     if config.shots:
         training = _shots(store, training, config)

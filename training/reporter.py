@@ -60,7 +60,7 @@ class Reporter(TrainerCallback):
     ) -> None:
         trainer = self._trainer()
         trainer.recall(state.log_history, state.global_step)
-        if self._main and state.global_step:
+        if self._main:
             self.curve.rewind(state.global_step)
         self._mark = (time.monotonic(), int(trainer.counts[0]))
         self.after_step(state.global_step)

@@ -28,7 +28,6 @@ from engine.errors import BadDataError, BadInputError, MedmergeError
 from engine.jobs.events import EventWriter
 from training import checkpoints, processes
 from training.artifact import base_identity
-from training.audit.report import audit_files, rows_to_drop
 from training.config import TrainConfig
 from training.data.sources import DataFile, Source, describe
 from training.fit import CHECKPOINTS, fit, steps_of
@@ -76,6 +75,8 @@ def audit_report(config: TrainConfig, run_folder: Path, events: EventWriter) -> 
     """The audit of the data against the `tests`, kept in the run folder; None when nothing is to be looked for."""
     if not config.tests and config.duplicates == "keep":
         return None
+    from training.audit.report import audit_files
+
     report = audit_files(
         [Path(name) for name in config.files],
         [Path(name) for name in config.tests],
@@ -103,6 +104,8 @@ def judge(config: TrainConfig, report: dict[str, Any] | None) -> tuple[dict[str,
             "on_leak: drop trains without those rows, on_leak: allow with them (the manifest will say so); "
             "see all of them with: medmerge audit --train ... --test ...",
         )
+    from training.audit.report import rows_to_drop
+
     drop = rows_to_drop(
         report,
         leaks=config.on_leak == "drop",
