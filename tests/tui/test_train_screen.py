@@ -130,7 +130,7 @@ async def test_several_files_of_any_kind_are_trained_on(app: MedmergeApp, backen
         files.focus()
         await pilot.press("enter")
         await until(pilot, lambda: isinstance(app.screen, PickSeveralScreen))
-        await pilot.press("down", "down", "space", "enter")
+        await pilot.press("down", "space", "enter")
         await until(pilot, lambda: isinstance(app.screen, TrainScreen))
         await until(
             pilot, lambda: screen(app).form.data == ("/ws/data/pt_train.jsonl", "/ws/data/notes one.txt")

@@ -263,7 +263,14 @@ class TrainScreen(MedScreen):
         box = self.query_one("#audit", Static)
         words = audit_words(self._audit, box.size.width or 38, bool(form.tests), bool(form.data))
         box.update(words)
-        self.query_one("#about", Static).update(Content.styled(plain(form.about()), "$faint"))
+        about = form.about()
+        hint = Content.assemble(
+            ("f", "bold $primary"),
+            (" changes settings   ", "$faint"),
+            ("c", "bold $primary"),
+            (" as command", "$faint"),
+        )
+        self.query_one("#about", Static).update(Content.styled(about, "$faint") if about else hint)
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         self._draw_selected()

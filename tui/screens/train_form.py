@@ -109,8 +109,6 @@ class TrainForm(VerticalScroll, inherit_bindings=False):
         super().__init__(id=id, can_focus=False)
         self._presets: dict[str, dict[str, Any]] = {}
         self._defaults: dict[str, Any] = {}
-        self._tests_touched = False
-        self._data_touched = False
         self._kept: dict[str, Any] = {}  # from the last time, until the files are known
 
     def compose(self) -> ComposeResult:
@@ -203,7 +201,7 @@ class TrainForm(VerticalScroll, inherit_bindings=False):
         data = self.query_one("#data", Files)
         chosen = data.chosen
         data.set_options([(file.path, file.name) for file in files], value=data.value)
-        data.set_chosen(chosen if self._data_touched else _training(files, self.kind))
+        data.set_chosen(chosen if data.touched else _training(files, self.kind))
         self._offer_tests(files)
         self._restore()
 
@@ -213,7 +211,7 @@ class TrainForm(VerticalScroll, inherit_bindings=False):
         others = sorted((file for file in files if file.path not in self.data), key=lambda file: file.name)
         tests.set_options([(file.path, file.name) for file in others], value=tests.value)
         named = [file.path for file in others if _suffix(file) in TEST_SUFFIXES and "train" not in file.name]
-        tests.set_chosen(chosen if self._tests_touched else named)
+        tests.set_chosen(chosen if tests.touched else named)
 
     # ---- the person changes something ---------------------------------------------------------------------
 
@@ -227,13 +225,9 @@ class TrainForm(VerticalScroll, inherit_bindings=False):
             name = self.query_one("#name", Input)
             if name.value in ("my-pt", "my-sft"):
                 name.value = f"my-{self.kind}"
-            self._data_touched = False
+            self.query_one("#data", Files).touched = False
         elif key == "preset":
             self._fill_settings()
-        elif key == "data":
-            self._data_touched = True
-        elif key == "tests":
-            self._tests_touched = True
         self.post_message(self.Changed(self))
 
     def on_input_changed(self, event: Input.Changed) -> None:
@@ -299,8 +293,9 @@ class TrainForm(VerticalScroll, inherit_bindings=False):
         for key in ("kind", "preset", "template"):
             kept[key] = self.query_one(f"#{key}", Choice).value
         kept["name"] = self.query_one("#name", Input).value
-        kept["data"] = list(self.data) if self._data_touched else None
-        kept["tests"] = list(self.tests) if self._tests_touched else None
+        for key in ("data", "tests"):
+            files = self.query_one(f"#{key}", Files)
+            kept[key] = list(files.chosen) if files.touched else None
         return kept
 
     def remember(self, kept: Mapping[str, Any]) -> None:
@@ -338,8 +333,9 @@ class TrainForm(VerticalScroll, inherit_bindings=False):
             self.query_one("#name", Input).value = kept["name"]
         for key in ("data", "tests"):
             if isinstance(kept.get(key), list):
-                self.query_one(f"#{key}", Files).set_chosen(map(str, kept[key]))
-                setattr(self, f"_{key}_touched", True)
+                box = self.query_one(f"#{key}", Files)
+                box.set_chosen(map(str, kept[key]))
+                box.touched = True
 
 
 def _suffix(file: DataFile) -> str:

@@ -32,6 +32,7 @@ NUMBERS = (
     ("memory", "memory", "", 1),
 )
 COLUMN = 9  # cells, at least
+SETTINGS_FROM = 124  # cells of the list from which it shows what the runs were trained with
 
 
 # ---- the list of runs ----------------------------------------------------------------------------------------
@@ -40,6 +41,7 @@ COLUMN = 9  # cells, at least
 def _columns(width: int) -> tuple[int, bool, bool]:
     """Cells for the name, and whether held-out loss with tok/s and the time have room."""
     rates, when = width >= 66, width >= 84
+    width = min(width, SETTINGS_FROM - 30)
     name = width - 2 - 16 - 8 - (18 if rates else 9) - (14 if when else 0)
     return max(8, min(36, name)), rates, when
 
@@ -49,6 +51,7 @@ def runs_header(width: int) -> Content:
     line = f"  {'run':<{name}} {'steps':<15}{'loss':>8}{'held out':>9}"
     line += f"{'tok/s':>9}" if rates else ""
     line += f"{'when':>14}" if when else ""
+    line += "   settings" if width >= SETTINGS_FROM else ""
     return Content.styled(line, "$faint")
 
 
@@ -61,6 +64,10 @@ def run_line(run: RunView, width: int, colour: str, overlaid: bool) -> Content:
         numbers += _number(run.last("tok_s"), "{:,.0f}", 9)
     if when:
         numbers += Content.styled(f"{_when(run.when):>14}", "$faint")
+    if width >= SETTINGS_FROM:
+        numbers += Content.styled(
+            "   " + cut(settings_words(run.config), width - SETTINGS_FROM + 24), "$faint"
+        )
     return Content.assemble(
         ("● " if overlaid else "○ ", f"${colour}"), fit(run.name, name), " ",
         (f"{mark} ", style), fit(steps_words(run), 13), numbers,
@@ -74,6 +81,21 @@ def steps_words(run: RunView) -> str:
     if run.total > run.step and run.state not in ("done", "adapter"):
         return f"{run.step:,.0f}/{run.total:,.0f}"
     return f"{run.step:,.0f}"
+
+
+def settings_words(config: Mapping[str, Any]) -> str:
+    """What tells a run from another: `demo-sft · lr 0.0005 · rank 8 · 2 epochs`, as far as its settings say."""
+    words = [str(config["preset"])] if config.get("preset") else []
+    for key, form in (
+        ("learning_rate", "lr {:g}"),
+        ("rank", "rank {:g}"),
+        ("epochs", "{:g} epochs"),
+        ("shots", "{:g} shots"),
+    ):
+        value = config.get(key)
+        if isinstance(value, int | float) and value:
+            words.append(form.format(value))
+    return " · ".join(words)
 
 
 def _number(value: float | None, form: str, width: int) -> Content:
@@ -129,6 +151,7 @@ def strip(run: RunView | None, width: int) -> Content:
             text = (
                 size(value) if key == "memory" else _short(value) if key == "tokens" else form.format(value)
             )
+            text = "0" if not value else text
             below += Content.styled(f"{text:<{room}}", "bold")
     return Content("\n").join([above, below])
 

@@ -10,7 +10,10 @@ BETWEEN = "\0"  # the one character no path holds
 
 
 class Files(Several):
-    """Any number of files. `value` is their paths with a zero character between; `chosen` the paths."""
+    """Any number of files. `value` is their paths with a zero character between; `chosen` the paths. `touched`: the
+    person chose them."""
+
+    touched = False
 
     DEFAULT_CSS = "Files { height: 1; }"
 
@@ -22,6 +25,10 @@ class Files(Several):
         """Choose these, as far as they are among the options. Posts nothing."""
         wanted = set(paths)
         self.value = BETWEEN.join(path for path, _ in self.options if path in wanted)
+
+    def _choose(self, value: str | None) -> None:
+        self.touched = self.touched or value is not None
+        super()._choose(value)
 
     @property
     def words(self) -> str:
