@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.atomic import new_folder, write_json
-from engine.errors import BadModelError, MedmergeError
-from engine.weights.tensorfile import file_sha256
+from engine.errors import MedmergeError
+from engine.weights import Checkpoint, identity
 from training.config import TrainConfig
 
 FORMAT = "medmerge.training/1"
@@ -19,14 +18,12 @@ MANIFEST = "training.json"
 _PLACES = ("base", "data", "eval_data", "tests", "output", "dataset_info", "notes")
 
 
-def base_identity(folder: Path) -> dict[str, str]:
-    """Name and SHA-256 of a base: of its one weight file, or of the list of hashes of its shards."""
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise BadModelError(f"{folder} holds no safetensors weights", "convert it to safetensors first")
-    hashes = [file_sha256(path) for path in shards]
-    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    return {"name": folder.name, "sha256": digest}
+def base_identity(folder: Path) -> dict[str, Any]:
+    """Name, SHA-256 and number of weight files of a base: what everything that uses the adapter later compares.
+
+    Raises BadModelError where the folder holds no safetensors weights.
+    """
+    return identity.base_identity(Checkpoint.open(folder))
 
 
 def settings_for_manifest(config: TrainConfig) -> dict[str, Any]:

@@ -79,7 +79,10 @@ class Identity:
 
 
 def base_sha256(base: Checkpoint) -> str:
-    """One hash of the weights and of the files that decide texts and shapes (config, tokenizer, template)."""
+    """One hash of the weights and of the files that decide texts and shapes (config, tokenizer, template).
+
+    Rows depend on all of them; which weights an adapter was trained on is `engine.weights.identity.weights_sha256`.
+    """
     files = {
         path.name: file_sha256(path)
         for path in base.companions

@@ -11,20 +11,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine import template_check
 from engine.errors import BadRecipeError
 from engine.evaluate.cells import Cell, Identity, plan_cells
 from engine.evaluate.config import EvalConfig, parse_config
 from engine.evaluate.data import Sample, read_samples
 from engine.evaluate.store import RunStore
+from engine.gguf.trained import trained_in
 from engine.jobs.events import EventWriter
+from engine.template_check import of_adapter
 from engine.weights import Adapter, Checkpoint
+from engine.weights.identity import base_warnings, compare_bases
+
+ADVICE = "templates: [{name}]"  # how a config chooses one
 
 
 def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """Measure everything the config asks for; returns the table.
 
-    Result: {"run": folder, "rows": metric rows, "cells": how many, "reused": taken from other runs,
-    "seconds": wall time, "exit_code": 0}.
+    Result: {"run": folder, "rows": metric rows, "cells": how many, "reused": taken from other runs, "trained_on":
+    {label: {name, sha256, same}} of adapters that name the hash of their base, "warnings": sentences,
+    "seconds": wall time, "exit_code": 0}. With `strict_base` another base than an adapter's own is refused.
     """
     started = time.monotonic()
     mode = str(params.get("mode", "sweep"))
@@ -35,8 +42,10 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     adapters = {label: Adapter.open(path) for label, path in config.adapters.items()}
     for adapter in adapters.values():
         adapter.match(base)
-    warn_about_templates(config, adapters, events)
-    cells = plan_cells(config, _identify(config, base, adapters, events))
+    warnings = warn_about_templates(config, adapters, events)
+    identity = _identify(config, base, adapters, events)
+    bases, others = compare_with_base(adapters, base, events, bool(params.get("strict_base", False)))
+    cells = plan_cells(config, identity)
     with store.writing(config.to_dict(), bool(params.get("resume", False))):
         store.write_cells(mode, cells)
         reused = _reuse(store, cells, events)
@@ -52,29 +61,45 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         "rows": rows,
         "cells": len(cells),
         "reused": reused,
+        "trained_on": bases,
+        "warnings": [*warnings, *others],
         "seconds": round(time.monotonic() - started, 1),
         "exit_code": 0,
     }
 
 
-def warn_about_templates(config: EvalConfig, adapters: Mapping[str, Adapter], events: EventWriter) -> None:
-    """Say when an adapter was trained with another chat template than one used here, or with an unknown one."""
+def warn_about_templates(
+    config: EvalConfig, adapters: Mapping[str, Adapter], events: EventWriter
+) -> list[str]:
+    """Say when an adapter, or one inside the base, was trained with another chat template than one used here, or
+    with an unknown one. Returns what was said."""
     if not any(task.kind in ("generation", "probes") for task in config.tasks):
-        return
-    for label, adapter in adapters.items():
-        if adapter.kind == "pt" and not adapter.template:
-            continue  # pre-training uses no template
-        if not adapter.template:
-            events.warning(
-                f"adapter {label}: template unknown (no training.json); evaluated with {config.templates}"
-            )
-        for template in config.templates:
-            if adapter.template and template != adapter.template:
-                events.warning(
-                    f"adapter {label} was trained with template {adapter.template}, not {template}"
-                )
+        return []
+    trained = [of_adapter(label, adapter) for label, adapter in adapters.items()] + trained_in(config.base)
+    said = [
+        words
+        for template in config.templates
+        for words in template_check.warnings(trained, template_check.choose(template, config.base), ADVICE)
+    ]
     if len(config.templates) > 1:
-        events.warning("numbers from different templates are different prompts: compare within one template")
+        said.append("numbers from different templates are different prompts: compare within one template")
+    for words in said:
+        events.warning(words)
+    return said
+
+
+def compare_with_base(
+    adapters: Mapping[str, Adapter], base: Checkpoint, events: EventWriter, strict: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The bases the adapters were trained on against this one, whose hashes are known by now: (trained_on, warnings).
+
+    Raises BadModelError where `strict` and one is another, or cannot be told.
+    """
+    compared = compare_bases(adapters, base, base.sha256)
+    said = base_warnings(compared, strict)
+    for words in said:
+        events.warning(words)
+    return {label: found.to_dict() for label, found in compared.items()}, said
 
 
 def _identify(

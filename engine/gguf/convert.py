@@ -20,6 +20,7 @@ from engine.gguf.tensors import PlannedTensor, ReadRows, plan_tensors
 from engine.gguf.tokenizer import Tokenizer
 from engine.gguf.writer import bytes_needed, new_file, write_gguf
 from engine.jobs.events import EventWriter
+from engine.template_check import from_record, of_manifest, records
 from engine.weights import Checkpoint
 from engine.weights.tensorfile import read_rows
 
@@ -85,22 +86,30 @@ class Conversion:
             "sha256": self.model.sha256,
             "dtype": self.model.dtype,
             "writer": f"medmerge {engine.__version__}",
-            **({"adapters": self.rows_from} if self.rows_from else {}),
-            **merged_from(self.model.folder),
+            **merged_from(self.model.folder, self.rows_from),
         }
 
 
-def merged_from(folder: Path) -> dict[str, Any]:
-    """What the manifest of a merge says of its weights: asked, and each adapter's name and hash; else empty."""
+def merged_from(folder: Path, added: dict[str, Any]) -> dict[str, Any]:
+    """`base` and `adapters` (name, hash, weight, template by label) of what a folder's weights are a merge of.
+
+    From its manifest; `added` are adapters that are merged on the way into the file, on top of what is in the folder.
+    `templates` are those of further adapters, which were inside before. Empty where nothing was merged.
+    """
+    own = {"adapters": added} if added else {}
     try:
         manifest = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         adapters = {
             label: {"name": entry["name"], "sha256": entry["sha256"], "weight": manifest["asked"][label]}
+            | from_record(label, entry).to_dict()
             for label, entry in manifest["adapters"].items()
         }
-        return {"base": manifest["base"]["name"], "adapters": adapters}
+        inside = records(of_manifest(manifest if added else {**manifest, "adapters": {}}))
+        if not added and manifest["base"] is not None:
+            own = {"base": manifest["base"]["name"], "adapters": adapters}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return own
+    return {**own, **({"templates": inside} if inside else {})}
 
 
 def convert(conversion: Conversion, out: Path, kind: str, events: EventWriter) -> None:

@@ -21,6 +21,7 @@ from engine.gguf.convert import SOURCE_KEY
 from engine.gguf.tensors import PlannedTensor, gguf_name, heads_to_permute, permute_heads
 from engine.gguf.writer import bytes_needed, new_file, write_gguf
 from engine.jobs.events import EventWriter
+from engine.template_check import of_adapter
 from engine.weights import Adapter, Checkpoint, LoraFactor, TensorInfo
 from engine.weights.tensorfile import Float32Array, read_rows
 
@@ -52,7 +53,7 @@ def convert_adapter(folder: Path, base_folder: Path, out: Path, kind: str, event
             "name": adapter.name,
             "sha256": adapter.sha256,
             "base": base.name,
-            "template": adapter.template,
+            **of_adapter("", adapter).to_dict(),
             "writer": f"medmerge {engine.__version__}",
         }
         writer.add_string(SOURCE_KEY, json.dumps(source, sort_keys=True))

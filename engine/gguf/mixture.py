@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.errors import BadAdapterError, BadModelError, BadRecipeError
 from engine.gguf.convert import Conversion
+from engine.template_check import of_adapter
 from engine.weights import Adapter, Checkpoint, LoraFactor, TensorInfo
 from engine.weights.tensorfile import Float32Array, read_rows
 
@@ -78,7 +79,9 @@ def plan_mixture(mixture: Mixture, pre: str = "") -> Conversion:
                 parts.setdefault(name, []).append((factor, weight))
         asked = (mixture.asked or {}).get(label, mixture.weights[label])
         asked = dict(asked) if isinstance(asked, Mapping) else asked
-        described[label] = {"name": adapter.name, "sha256": adapter.sha256, "weight": asked}
+        described[label] = {
+            "name": adapter.name, "sha256": adapter.sha256, "weight": asked, **of_adapter(label, adapter).to_dict(),
+        }  # fmt: skip
 
     def rows(tensor: TensorInfo, first: int, count: int) -> Float32Array:
         block = read_rows(tensor, first, count)

@@ -40,6 +40,7 @@ from engine.merge.manifest import (
 )
 from engine.weights import Adapter, Checkpoint, LoraFactor
 from engine.weights.adapter import CONFIG, MANIFEST, WEIGHTS
+from engine.weights.identity import TrainedOn, base_warnings, compare_bases, noted_sha256
 from engine.weights.tensorfile import encode_header, read_rows
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -84,18 +85,22 @@ def combine(
     rank: int | None = None,
     document: Mapping[str, Any] | None = None,
     verify: bool = True,
+    strict_base: bool = False,
 ) -> dict[str, Any]:
     """Write one adapter whose delta is the weighted sum of the parts' deltas (rank None), or its best
     approximation of at most `rank` per module.
 
     A module that only some parts change is the sum of those; one whose weights are all 0 is left out. The file is
-    float32. `document` is the recipe as it goes into the manifest.
+    float32. `document` is the recipe as it goes into the manifest. The base is read by header, so whether the parts
+    were trained on it is known only where its own note says its hashes; `strict_base` reads and hashes it, and
+    refuses another one.
 
     Returns:
         JSON: `out`, `seconds`, `bytes_written`, `manifest`, `verdict` (None without verification), `exit_code`
         (0, or 1 when the check said no and `out` is the `.rejected` folder), and `combined`: `rank` (largest),
         `modules`, `error` and `energy` over all modules, `per_module` [{name, rank, full_rank, norm, error,
-        energy, rank_99}] (99% of the squared norm; without an SVD error is 0 and rank_99 null).
+        energy, rank_99}] (99% of the squared norm; without an SVD error is 0 and rank_99 null). `trained_on` and
+        `warnings` as a merge has them.
 
     Raises:
         BadRecipeError: no parts, a rank under 1, all weights 0, an output that overlaps an input.
@@ -110,6 +115,10 @@ def combine(
     base = Checkpoint.open(base_folder)
     adapters = {part.label: Adapter.open(part.path) for part in parts}
     modules = _modules(base, adapters, parts, rank)
+    bases = compare_bases(adapters, base, base.sha256 if strict_base else noted_sha256(base))
+    warnings = base_warnings(bases, strict_base)
+    for warning in warnings:
+        events.warning(warning)
     header, size = _layout(modules)
     need_space(out.parent, size + 64_000_000, "the merged adapter")
     verdict, kept = None, out
@@ -122,7 +131,7 @@ def combine(
             write_json(partial / MANIFEST, note)
         copy_tokenizer(adapters, partial, events)
         summary = _summary(modules, spectra)
-        record = _manifest(base, adapters, parts, partial, out, document, sha256, rank, summary)
+        record = _manifest(base, adapters, parts, partial, out, document, sha256, rank, summary, bases)
         write_json(partial / NAME, {**record, "seconds": round(time.monotonic() - started, 3)})
         if verify:
             dropped = {name: (s.dropped, s.norm) for name, s in spectra.items()}
@@ -141,6 +150,8 @@ def combine(
         "manifest": record,
         "verdict": verdict,
         "combined": summary,
+        "trained_on": {label: found.to_dict() for label, found in bases.items()},
+        "warnings": warnings,
         "exit_code": verdict["exit_code"] if verdict else 0,
     }
 
@@ -272,6 +283,7 @@ def _manifest(
     sha256: str,
     rank: int | None,
     summary: Mapping[str, Any],
+    bases: Mapping[str, TrainedOn],
 ) -> dict[str, Any]:
     """The manifest of a merged adapter; of the base only its small files are named, since only headers were read."""
     asked, near = {part.label: _asked(part) for part in parts}, out.parent
@@ -284,7 +296,11 @@ def _manifest(
         "asked": asked,
         "base": describe_model(base, {}, near),
         "adapters": {
-            label: describe_adapter(adapter, near) | {"variants": variants(adapter.changes(base).values())}
+            label: describe_adapter(adapter, near)
+            | {
+                "trained_on": bases[label].to_dict() if label in bases else None,
+                "variants": variants(adapter.changes(base).values()),
+            }
             for label, adapter in adapters.items()
         },
         "models": {},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.jobs.events import EventWriter
+from engine.template_check import agreed, of_adapter
 from engine.weights import Adapter, Checkpoint
 from engine.weights.tensorfile import file_sha256
 
@@ -79,15 +80,29 @@ def _targets(base: Checkpoint, ranks: Mapping[str, int]) -> list[str]:
 
 
 def training_note(sources: Mapping[str, Adapter]) -> dict[str, Any] | None:
-    """training.json of the merged adapter: the chat template all sources agree on. None when they do not.
+    """training.json of the merged adapter: chat template and base that all sources agree on.
 
-    A source of kind "pt" that names no template was trained on plain text and has no say.
+    None when they agree on no template. A source trained on plain text has no say in it; where all were, the result
+    is of kind "pt" as they are. The base is named where every source names the same one.
     """
-    heard = [s.template for s in sources.values() if s.template or s.kind != "pt"]
-    templates = set(heard)
-    if len(templates) != 1 or "" in templates:
+    found = agreed(of_adapter(label, source) for label, source in sources.items())
+    if found is None:
         return None
-    return {"format": "medmerge.training/1", "kind": "merged", "template": templates.pop()}
+    note: dict[str, Any] = {
+        "format": "medmerge.training/1",
+        "kind": "pt" if found.plain else "merged",
+        "template": found.template or None,
+        "template_text": None,
+    }
+    texts = [source.training.get("template_text") for source in sources.values()]
+    if found.sha256:
+        note["template_text"] = next(
+            t for t in texts if isinstance(t, dict) and t.get("sha256") == found.sha256
+        )
+    bases = [source.training.get("base") for source in sources.values()]
+    if isinstance(bases[0], dict) and all(base == bases[0] for base in bases):
+        note["base"] = bases[0]
+    return note
 
 
 def copy_tokenizer(adapters: Mapping[str, Adapter], folder: Path, events: EventWriter) -> None:

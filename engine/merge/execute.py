@@ -7,6 +7,7 @@ not to, verified. A merge that fails its verification is kept as `OUT.rejected` 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engine.merge.kernel import kernel
 from engine.merge.plan import Plan, make_plan, refuse_broken_adapters
 from engine.merge.recipe import LINEAR, Recipe
 from engine.merge.stream import stream_merge
+from engine.weights.identity import base_warnings, compare_bases
 
 REPORT = "verification.json"
 NOT_WEIGHTS = (JOURNAL, manifests.NAME, REPORT)
@@ -32,21 +34,25 @@ def merge(
     verify: bool = True,
     threads: int | None = None,
     note_every: int | None = None,
+    strict_base: bool = False,
 ) -> dict[str, Any]:
-    """Merge as the recipe says. Returns out, seconds, bytes_written, resumed_bytes, manifest, verdict, exit_code.
+    """Merge as the recipe says. Returns out, seconds, bytes_written, resumed_bytes, manifest, verdict, trained_on,
+    warnings, exit_code.
 
     `verdict` is the verification's JSON (None without one), also in verification.json beside the merge; exit_code
     0 done, 1 the verification said no (then `out` is the `.rejected` folder), 4 it could not tell. A merge that a
     kill, a cancel or a full disk ended goes on where it stopped when it is run again. `note_every`: bytes of a
-    shard between two notes of the journal.
+    shard between two notes of the journal. `trained_on` ({label: {name, sha256, same}}) compares the base that each
+    adapter's training.json names with the bytes that were merged; another one is a warning, and with `strict_base`
+    an error.
 
     Raises:
         TargetExistsError, NoSpaceError, BadInputError and kin: nothing is left behind under the name.
     """
     if recipe.kind == "adapter":
-        return _merge_adapters(recipe, events, verify)
+        return _merge_adapters(recipe, events, verify, strict_base)
     if recipe.kind == "gguf":
-        return _only_ggufs(recipe, events, verify, threads)
+        return _only_ggufs(recipe, events, verify, threads, strict_base)
     ggufs = gguf_files(recipe)
     started = time.monotonic()
     refuse_existing(recipe.output)
@@ -58,6 +64,9 @@ def merge(
             there = sum(path.stat().st_blocks * 512 for path in partial.iterdir() if path.is_file())
             need_space(partial, plan.bytes_written + _COMPANION_ROOM - there, "the merge")
             streamed = stream_merge(plan, partial, events, threads, journal)
+        bases, warnings = _compare_bases(
+            plan, {shard.name: shard.source for shard in streamed.shards}, events, strict_base
+        )
         copy_companions(plan, partial)
         record = manifests.make_manifest(plan, streamed, partial, time.monotonic() - started)
         write_json(partial / manifests.NAME, record)
@@ -82,8 +91,24 @@ def merge(
         "resumed_bytes": streamed.resumed_bytes,
         "manifest": record,
         "verdict": verdict,
+        "trained_on": bases,
+        "warnings": warnings,
         "exit_code": exit_code,
     }
+
+
+def _compare_bases(
+    plan: Plan, shards: Mapping[str, str], events: EventWriter, strict: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The bases the adapters were trained on against the one merged: ({label: trained_on}, all warnings so far).
+
+    Raises BadModelError where `strict` and one is another, or cannot be told.
+    """
+    compared = compare_bases(plan.adapters, plan.base, shards)
+    warnings = base_warnings(compared, strict)
+    for warning in warnings:
+        events.warning(warning)
+    return {label: found.to_dict() for label, found in compared.items()}, [*plan.warnings, *warnings]
 
 
 def _planned(recipe: Recipe, events: EventWriter) -> Plan:
@@ -123,7 +148,9 @@ def _write_ggufs(
     return [file.to_json() for file in made]
 
 
-def _only_ggufs(recipe: Recipe, events: EventWriter, verify: bool, threads: int | None) -> dict[str, Any]:
+def _only_ggufs(
+    recipe: Recipe, events: EventWriter, verify: bool, threads: int | None, strict_base: bool
+) -> dict[str, Any]:
     """GGUF straight from base and adapters, without a checkpoint on the way (output.kind gguf).
 
     Each file gets a manifest beside it, FILE.gguf.json.
@@ -131,7 +158,9 @@ def _only_ggufs(recipe: Recipe, events: EventWriter, verify: bool, threads: int 
     started = time.monotonic()
     files = gguf_files(recipe)
     plan = _planned(recipe, events)
-    written = _write_ggufs(_mixture(plan), files, events, verify, threads)
+    mixture = _mixture(plan)
+    bases, warnings = _compare_bases(plan, plan.base.sha256, events, strict_base)
+    written = _write_ggufs(mixture, files, events, verify, threads)
     records = []
     for file in written:
         out, seconds = Path(file["out"]), time.monotonic() - started
@@ -147,6 +176,8 @@ def _only_ggufs(recipe: Recipe, events: EventWriter, verify: bool, threads: int 
         "resumed_bytes": 0,
         "manifest": records[0],
         "verdict": written[0]["verdict"],
+        "trained_on": bases,
+        "warnings": warnings,
         "exit_code": worst([file["exit_code"] for file in written]),
     }
 
@@ -249,14 +280,17 @@ def _verify(plan: Plan, partial: Path, events: EventWriter) -> dict[str, Any]:
     return {**verdict.to_json(), "exit_code": verdict.exit_code}
 
 
-def _merge_adapters(recipe: Recipe, events: EventWriter, verify: bool) -> dict[str, Any]:
+def _merge_adapters(recipe: Recipe, events: EventWriter, verify: bool, strict_base: bool) -> dict[str, Any]:
     """Several adapters into one (output.kind adapter)."""
     from engine.merge.combine import combine
 
     refuse_existing(recipe.output)
     plan = _planned(recipe, events)
     assert recipe.base is not None
-    return combine(recipe.base, _shares(plan), recipe.output, events, recipe.rank, recipe.to_dict(), verify)
+    made = combine(
+        recipe.base, _shares(plan), recipe.output, events, recipe.rank, recipe.to_dict(), verify, strict_base
+    )
+    return {**made, "warnings": [*plan.warnings, *made["warnings"]]}
 
 
 def summary(verdict: dict[str, Any] | None) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def load_numpy_single_threaded() -> None:
 
 
 def run_merge(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
-    """params: recipe (a recipe document with absolute paths), verify (bool, default True), threads, device (optional).
+    """params: recipe (a recipe document with absolute paths), verify (bool, default True), threads, device,
+    strict_base (optional: refuse a base that is not the one an adapter was trained on).
 
     `device`: "cpu" (default), or where torch is to do the products and sums ("cuda", "cuda:1").
     """
@@ -44,7 +45,13 @@ def run_merge(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 
     recipe = parse(params["recipe"], "recipe", [])
     with use_device(str(params.get("device") or "cpu")):
-        return merge(recipe, events, verify=bool(params.get("verify", True)), threads=params.get("threads"))
+        return merge(
+            recipe,
+            events,
+            verify=bool(params.get("verify", True)),
+            threads=params.get("threads"),
+            strict_base=bool(params.get("strict_base", False)),
+        )
 
 
 def run_plan(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
@@ -60,7 +67,10 @@ def run_plan(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
 
     plan = make_plan(parse(params["recipe"], "recipe", []))
     refuse_broken_adapters(plan)
-    return {**plan.to_dict(), "outputs": outputs(plan), **forecast(plan, events), "exit_code": 0}
+    document = plan.to_dict()
+    for warning in document["warnings"]:
+        events.warning(warning)
+    return {**document, "outputs": outputs(plan), **forecast(plan, events), "exit_code": 0}
 
 
 def run_verify(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:

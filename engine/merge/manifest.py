@@ -25,6 +25,7 @@ from engine.merge.plan import Plan
 from engine.merge.recipe import METHODS, TRIMS, Recipe
 from engine.merge.selectors import spec_to_document
 from engine.merge.stream import Streamed
+from engine.template_check import of_adapter, of_manifest, records
 from engine.weights import Adapter, Checkpoint
 from engine.weights.changes import (
     Addition,
@@ -38,6 +39,7 @@ from engine.weights.changes import (
     TokenRows,
 )
 from engine.weights.checkpoint import read_json
+from engine.weights.identity import compare_bases
 from engine.weights.tensorfile import file_sha256
 
 NAME = "medmerge.json"
@@ -65,9 +67,8 @@ def make_manifest(plan: Plan, streamed: Streamed, folder: Path, seconds: float) 
 
 
 def gguf_manifest(plan: Plan, target: Path, kind: str, sha256: str, seconds: float) -> dict[str, Any]:
-    """The manifest of a GGUF made straight from base and adapters. Reads the base once more to hash it."""
-    read = {shard.path.name: file_sha256(shard.path) for shard in plan.base.shards}
-    return _document(plan, target, seconds, read, kind, {}, {target.name: sha256})
+    """The manifest of a GGUF made straight from base and adapters. Reads the base once to hash it, for all types."""
+    return _document(plan, target, seconds, plan.base.sha256, kind, {}, {target.name: sha256})
 
 
 def _document(
@@ -80,6 +81,7 @@ def _document(
     files: dict[str, str],
 ) -> dict[str, Any]:
     recipe, near = plan.recipe, target.parent
+    bases = compare_bases(plan.adapters, plan.base, base_hashes)
     return {
         "format": FORMAT,
         "name": target.name,
@@ -91,7 +93,10 @@ def _document(
         "base": describe_model(plan.base, base_hashes, near) if recipe.base is not None else None,
         "adapters": {
             label: describe_adapter(adapter, near)
-            | {"variants": variants(plan.inputs.changes[label].values())}
+            | {
+                "trained_on": bases[label].to_dict() if label in bases else None,
+                "variants": variants(plan.inputs.changes[label].values()),
+            }
             for label, adapter in plan.adapters.items()
         },
         "models": models,
@@ -184,6 +189,8 @@ def describe_model(model: Checkpoint, shard_hashes: Mapping[str, str], near: Pat
         described["medmerge"] = {
             key: parent[key] for key in ("format", "name", "asked", "note") if key in parent
         } | {"sha256": file_sha256(model.folder / NAME)}
+        if inside := records(of_manifest(parent)):
+            described["medmerge"]["templates"] = inside
     return described
 
 
@@ -200,7 +207,7 @@ def describe_adapter(adapter: Adapter, near: Path | None = None) -> dict[str, An
         "kind": adapter.kind,
         "rank": adapter.rank,
         "scales": list(adapter.scales),
-        "template": adapter.template or None,
+        **of_adapter("", adapter).to_dict(),
         "sha256": adapter.sha256,
         "files": {path.name: file_sha256(path) for path in files},
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from engine.merge.inputs import Inputs, open_inputs
 from engine.merge.layout import EMBEDDINGS, HEAD, Layout, Part, ShardPlan, TensorPlan
 from engine.merge.recipe import DTYPES, TRIMS, Recipe
 from engine.merge.selectors import DEFAULT, layer_count, resolve
+from engine.template_check import agreed, of_adapter
 from engine.weights import Adapter, Checkpoint, LoraFactor
 from engine.weights.changes import Dora
+from engine.weights.identity import TrainedOn, base_warnings, compare_bases, noted_sha256
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,16 @@ class Plan:
         listed = self.recipe.to_dict()["models" if self.recipe.models else "adapters"]
         return {label: entry["weight"] for label, entry in listed.items()}
 
+    @cached_property
+    def trained_on(self) -> dict[str, TrainedOn]:
+        """Whether each adapter was trained on this base, as far as that is known without reading its weights."""
+        return compare_bases(self.adapters, self.base, noted_sha256(self.base))
+
+    @property
+    def base_warnings(self) -> list[str]:
+        """What `trained_on` warns of: for a plan. A merge compares the hashes it takes, and warns of those."""
+        return base_warnings(self.trained_on)
+
     @property
     def not_linear_adapters(self) -> tuple[str, ...]:
         """Labels of adapters whose delta is the straight line to a DoRA weight, which a screen should say."""
@@ -113,6 +126,7 @@ class Plan:
                     "scales": list(adapter.scales),
                     "tensors": len(self.weights[label]),
                     "selectors": self.selectors[label],
+                    "trained_on": self.trained_on[label].to_dict() if label in self.trained_on else None,
                 }
                 for label, adapter in self.adapters.items()
             },
@@ -129,7 +143,7 @@ class Plan:
             "tensors_copied": sum(1 for tensor in self.tensors if tensor.copied),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "warnings": list(self.warnings),
+            "warnings": [*self.warnings, *self.base_warnings],
             "tensors": [
                 {
                     "name": tensor.target.name,
@@ -220,6 +234,16 @@ def refuse_overlap(recipe: Recipe) -> None:
             )
 
 
+def _other_base(label: str, adapter: Adapter, base: Checkpoint) -> str:
+    """The base that an adapter's config or training.json names, where it is called otherwise and not known to be it."""
+    noted = compare_bases({label: adapter}, base, noted_sha256(base)).get(label)
+    if noted and noted.same:
+        return ""
+    here = {base.name.lower(), base.folder.name.lower()}
+    named = [adapter.base_name, noted.name if noted else ""]
+    return next((name for name in named if name and Path(name).name.lower() not in here), "")
+
+
 def _warnings(
     recipe: Recipe, inputs: Inputs, selectors: dict[str, dict[str, int]], untied: bool
 ) -> Iterator[str]:
@@ -235,17 +259,18 @@ def _warnings(
         elif entry.uniform == 0:
             yield f"{entry.kind} {entry.label} has weight 0: it changes nothing"
     for label, adapter in inputs.adapters.items():
-        named = Path(adapter.base_name).name.lower()
-        if named and named not in {base.name.lower(), base.folder.name.lower()}:
-            yield f"adapter {label} names another base: {adapter.base_name} (shapes do fit {base.folder.name})"
+        if other := _other_base(label, adapter, base):
+            yield f"adapter {label} names another base: {other} (shapes do fit {base.folder.name})"
         if any(isinstance(change, Dora) for change in inputs.changes[label].values()):
             yield (
                 f"adapter {label} is DoRA: its weight goes straight from the base to the adapted weight, "
                 "which is not what a weight inside DoRA would mean; at 0 and 1 both agree"
             )
-    templates = {adapter.template for adapter in inputs.adapters.values() if adapter.template}
-    if len(templates) > 1:
-        yield f"the adapters were trained with different chat templates: {', '.join(sorted(templates))}"
+    trained = [of_adapter(label, adapter) for label, adapter in inputs.adapters.items()]
+    taught = [one for one in trained if one.template]
+    if taught and agreed(taught) is None:
+        named = ", ".join(f"{one.label} with {one.template}" for one in taught)
+        yield f"the adapters were trained with different chat templates: {named}"
     paths = [entry.path.resolve() for entry in recipe.entries]
     if len(set(paths)) < len(paths):
         yield "the same folder is named twice: their weights cannot be told apart afterwards"

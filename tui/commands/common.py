@@ -60,6 +60,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_strict_base(parser: argparse.ArgumentParser) -> None:
+    """--strict-base, of the commands that know the hash of the base they use."""
+    parser.add_argument(
+        "--strict-base",
+        action="store_true",
+        help="refuse a base that is not the one an adapter's training.json names by hash (default: a warning)",
+    )
+
+
 def workspace_of(args: argparse.Namespace) -> Workspace:
     return Workspace.find(args.workspace)
 

@@ -13,7 +13,14 @@ from engine.evaluate.config import load_config
 from engine.evaluate.summary import MetricRow
 from engine.jobs import JobSpec
 from engine.workspace import Workspace
-from tui.commands.common import Commands, command_line, existing_path, run_job, workspace_of
+from tui.commands.common import (
+    Commands,
+    add_strict_base,
+    command_line,
+    existing_path,
+    run_job,
+    workspace_of,
+)
 from tui.commands.report import human_table
 
 
@@ -31,7 +38,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, --out, --limit, --resume: the same for eval and sweep."""
+    """CONFIG, --out, --limit, --resume, --strict-base: the same for eval, sweep and search."""
     parser.add_argument(
         "config", metavar="CONFIG", help="YAML: base, adapters, weights, tasks (docs/evaluation.md)"
     )
@@ -44,6 +51,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run of that name where it stopped"
     )
+    add_strict_base(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +65,7 @@ def start(args: argparse.Namespace, mode: str) -> int:
     config = load_config(path, workspace.root, mode).limited(args.limit)
     out = run_folder(workspace, args.out or path.stem, named=bool(args.out), resume=args.resume)
     params = {"config": config.to_dict(), "out": str(out), "mode": mode, "resume": args.resume}
+    params["strict_base"] = args.strict_base
     title = (
         f"{mode} {out.name}: {len(config.weights)} mixture{'s' * (len(config.weights) > 1)}, "
         + ", ".join(task.name for task in config.tasks)

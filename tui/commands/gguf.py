@@ -11,6 +11,7 @@ from engine.errors import BadRecipeError
 from engine.jobs import JobSpec
 from tui.commands.common import (
     Commands,
+    add_strict_base,
     amount,
     command_line,
     duration,
@@ -56,6 +57,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--no-verify", action="store_true", help="do not read the file back and compare it with its source"
     )
+    add_strict_base(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(out)
     params: dict[str, Any] = {
         "out": str(out), "type": args.type, "base": base, "pre": args.pre, "verify": not args.no_verify,
+        "strict_base": args.strict_base,
     }  # fmt: skip
     if args.source:
         if args.adapter:

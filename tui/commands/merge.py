@@ -11,6 +11,7 @@ from engine.errors import BadRecipeError
 from engine.jobs import JobSpec
 from tui.commands.common import (
     Commands,
+    add_strict_base,
     amount,
     command_line,
     duration,
@@ -52,6 +53,7 @@ def add_parser(commands: Commands) -> None:
         "--device", default="cpu", metavar="DEVICE",
         help="where the products and sums are done: cpu (default) or cuda; the result satisfies the same check",
     )  # fmt: skip
+    add_strict_base(parser)
     parser.set_defaults(run=run)
 
 
@@ -216,10 +218,11 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = recipe_of(args)
     refuse_existing(Path(recipe["output"]["path"]))
+    how = {"verify": not args.no_verify, "device": args.device, "strict_base": args.strict_base}
     spec = JobSpec(
         kind="merge",
         target="engine.merge.job:run_merge",
-        params={"recipe": recipe, "verify": not args.no_verify, "device": args.device},
+        params={"recipe": recipe, **how},
         title=f"merge {mixture(recipe)} into {Path(recipe['output']['path']).name}",
         command=command_line(args.argv),
     )

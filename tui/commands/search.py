@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         "out": str(out),
         "merges": str(workspace.merges),
         "resume": args.resume,
+        "strict_base": args.strict_base,
     }
     settings = config.settings
     kinds = " x attention and rest" if settings.kinds else ""

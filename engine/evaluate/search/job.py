@@ -16,7 +16,7 @@ from typing import Any
 from engine.atomic import write_json, write_text
 from engine.evaluate.cells import Identity
 from engine.evaluate.data import Sample, read_samples
-from engine.evaluate.job import warn_about_templates
+from engine.evaluate.job import compare_with_base, warn_about_templates
 from engine.evaluate.search import points, report
 from engine.evaluate.search.config import SearchConfig, parse_search
 from engine.evaluate.search.log import FORMAT, RESULT, SAMPLES, SearchLog, append_lines
@@ -32,8 +32,9 @@ HALF_STEPS_OF = 3  # each adapter's weight may go half a step down, stay, or go 
 def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """Search as the config says.
 
-    Returns the comparison (engine/evaluate/search/report.py) with `run`, `task`, `n_dev`, `n_held_out`,
-    `evaluations`, `uniform` {label: weight}, `dimensions` [{title, uniform, layerwise}], `recipes` {name: path},
+    Returns the comparison (engine/evaluate/search/report.py) with `run`, `task`, `trained_on` and `warnings` (as an
+    evaluation has them), `n_dev`, `n_held_out`, `evaluations`,
+    `uniform` {label: weight}, `dimensions` [{title, uniform, layerwise}], `recipes` {name: path},
     `seconds` and `exit_code` 0.
     """
     started = time.monotonic()
@@ -48,9 +49,10 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     events.log(
         f"{len(space.dimensions)} weights; {len(dev)} samples to choose them on, {len(held_out)} held out"
     )
-    warn_about_templates(evaluation, adapters, events)
-    log = SearchLog(Path(params["out"]))
-    with log.writing(_note(config, base, adapters, events), bool(params.get("resume", False))):
+    warnings = warn_about_templates(evaluation, adapters, events)
+    log, note = SearchLog(Path(params["out"])), _note(config, base, adapters, events)
+    bases, others = compare_with_base(adapters, base, events, bool(params.get("strict_base", False)))
+    with log.writing(note, bool(params.get("resume", False))):
         search = _Search(config, base, adapters, space, log, events, dev, held_out)
         asked = points.rounded([config.asked[label] for label in adapters])
         uniform, best = points.best_uniform(
@@ -66,6 +68,8 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
             **report.compare(rows, dev_values),
             "run": str(log.folder),
             "task": task.name,
+            "trained_on": bases,
+            "warnings": [*warnings, *others],
             "n_dev": len(dev),
             "n_held_out": len(held_out),
             "evaluations": search.done,
