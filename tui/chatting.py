@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from engine.chat.protocol import Done, Failed, Loaded, Sampling, Token
+    from engine.template_check import Trained
+
+ADVICE = "{name} as template"  # how one is chosen on the chat screen
 
 
 class ChatPort(Protocol):
@@ -117,6 +120,23 @@ def without_thoughts(text: str) -> str:
     from tui.widgets.stream import THINK
 
     return THINK.sub("", text).strip()
+
+
+def template_warnings(
+    template: str, base: str, adapters: Sequence[Trained], models: Sequence[str]
+) -> list[str]:
+    """What the template does not fit: adapters mixed into `base` ("" for none), and those merged into model files.
+
+    Reads headers and small files: for a thread. What cannot be read is judged by name, or left to who loads it.
+    """
+    from engine import template_check
+    from engine.gguf.trained import choose_for, trained_in
+
+    inside = trained_in(Path(base)) if base else []
+    said = template_check.warnings([*adapters, *inside], choose_for(template, Path(base)), ADVICE)
+    for path in models:
+        said += template_check.warnings(trained_in(Path(path)), choose_for(template, Path(path)), ADVICE)
+    return list(dict.fromkeys(said))
 
 
 def live_source(result: Mapping[str, Any]) -> Source | None:

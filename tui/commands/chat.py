@@ -41,10 +41,11 @@ PANE = "cli"
 
 @dataclass
 class Speaker:
-    """A model that answers, and its side of the conversation."""
+    """A model that answers, and its side of the conversation. `warnings`: templates that do not fit what is in it."""
 
     name: str
     model: ChatModel
+    warnings: list[str]
     messages: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -96,13 +97,17 @@ def run(args: argparse.Namespace) -> int:
         )
     sampling = sampling_of(args)
     prompts = read_prompts(args.prompts) if args.prompts else None
+    _known_template(args.template)
     speakers, weights = _prepare(args)
+    warnings = list(dict.fromkeys(words for speaker in speakers for words in speaker.warnings))
+    for words in warnings:
+        print(f"warning: {plain(words)}", file=sys.stderr)
     with asyncio.Runner() as runner:
         try:
             for speaker in speakers:
                 runner.run(_open(speaker, weights))
             if prompts is not None:
-                return _answer_file(args, runner, speakers, prompts, sampling)
+                return _answer_file(args, runner, speakers, prompts, sampling, warnings)
             return _converse(args, runner, speakers, weights, sampling)
         finally:
             runner.run(_close(speakers))
@@ -142,6 +147,23 @@ def read_prompts(path: str) -> list[str]:
     return found
 
 
+def _known_template(name: str) -> None:
+    """Raises BadRecipeError for a template that does not exist, before a model is converted or loaded for it."""
+    from engine.templates import BUILTIN, load
+
+    if name != "model" and name not in BUILTIN:
+        load(name)
+
+
+def _template_warnings(template: str, model: Path, adapters: dict[str, Path]) -> list[str]:
+    """What the template does not fit: adapters mixed in, and those merged into the model (a folder or a GGUF)."""
+    from engine import template_check
+    from engine.gguf.trained import choose_for, trained_adapter, trained_in
+
+    trained = [trained_adapter(label, path) for label, path in adapters.items()] + trained_in(model)
+    return template_check.warnings(trained, choose_for(template, model)) if trained else []
+
+
 def _prepare(args: argparse.Namespace) -> tuple[list[Speaker], dict[str, float]]:
     """GGUF files for all models and adapters; what is a folder is converted by a job, once."""
     workspace = workspace_of(args)
@@ -170,13 +192,14 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Speaker], dict[str, float]]
                     "name the checkpoint it belongs to with --base, or give a LoRA GGUF",
                 )
             base = existing_path(args.base, workspace, "base")
+        warnings = _template_warnings(args.template, path, adapters)
         loras = adapters
         if base is not None:
             made = _convert(args, base, folders)
             path = Path(made["base"]) if path.is_dir() else path
             loras = adapters | {label: Path(file) for label, file in made["adapters"].items()}
         log = state_dir() / f"chat-{path.stem[:60]}.log"
-        speakers.append(Speaker(name, ChatModel(path, loras, log, args.context, args.threads)))
+        speakers.append(Speaker(name, ChatModel(path, loras, log, args.context, args.threads), warnings))
     return speakers, weights
 
 
@@ -248,6 +271,7 @@ def _answer_file(
     speakers: list[Speaker],
     prompts: list[str],
     sampling: Sampling,
+    warnings: list[str],
 ) -> int:
     """Answer every prompt on its own with every model. Exit code 3 when any answer failed."""
     rows: list[dict[str, Any]] = []
@@ -272,7 +296,9 @@ def _answer_file(
             if not args.json:
                 print("\n")
     if args.json:
-        print_json({"template": args.template, "sampling": vars(sampling), "answers": rows})
+        print_json(
+            {"template": args.template, "sampling": vars(sampling), "warnings": warnings, "answers": rows}
+        )
     return 3 if any(row["finish"] == "failed" for row in rows) else 0
 
 
