@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import MedmergeError
+from engine.template_check import of_adapter
 from engine.weights.adapter import Adapter
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.discover import FoundAdapter, find_adapters, find_models
+from engine.weights.identity import noted_sha256, trained_on
 from engine.workspace import Workspace
 from tui.foreign import read_json_object
 from tui.reading_merges import read_merges
@@ -83,6 +85,7 @@ def _adapter(found: FoundAdapter, base: Checkpoint | None) -> AdapterRow:
             hint=error.hint if error else "",
         )
     misfit = warning = ""
+    named = trained_on(adapter.name, adapter, base, noted_sha256(base)) if base is not None else None
     if base is not None:
         try:
             adapter.changes(base)
@@ -90,6 +93,7 @@ def _adapter(found: FoundAdapter, base: Checkpoint | None) -> AdapterRow:
             misfit = error.message
         if (
             not misfit
+            and not (named and named.same)
             and adapter.base_name
             and Path(adapter.base_name).name not in (base.folder.name, base.name)
         ):
@@ -107,6 +111,9 @@ def _adapter(found: FoundAdapter, base: Checkpoint | None) -> AdapterRow:
         nbytes=adapter.nbytes,
         base_name=adapter.base_name,
         template=adapter.template,
+        trained=of_adapter(adapter.name, adapter),
+        trained_on=named.name or "a base without a name" if named else "",
+        same_base=named.same if named else None,
         misfit=misfit,
         warning=warning,
     )

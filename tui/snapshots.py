@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from engine.template_check import Trained
+
 LOSS_WORTH_SAYING = 0.02  # of a weight, as engine.merge.forecast has it
 
 
@@ -55,6 +57,9 @@ class AdapterRow:
     nbytes: int = 0
     base_name: str = ""
     template: str = ""
+    trained: Trained | None = None  # the same with its text's hash, as warnings compare it
+    trained_on: str = ""  # the base that training.json names with a hash
+    same_base: bool | None = None  # whether that is the chosen base; None while the hashes are not compared
     error: str = ""
     hint: str = ""
     misfit: str = ""

@@ -148,7 +148,9 @@ class AdaptersScreen(MedScreen):
         elif not self.med.selection.base:
             judged = Content.styled("none chosen to compare with: press b", "$faint")
         lines.append(fact("base", judged, width))
-        lines.append(fact("template", row.template or "unknown: its config does not say", width))
+        if row.trained_on and self.med.selection.base and not row.misfit:
+            lines.append(fact("", _trained_on(row), width))
+        lines.append(fact("template", _template(row), width))
         lines += self._read_facts(row, detail, width)
         lines += [Content(""), Content.styled(plain(row.path), "$faint")]
         return Content("\n").join(lines)
@@ -259,6 +261,21 @@ class AdaptersScreen(MedScreen):
 
         row = self.rows.current
         return inspect(self.med.backend.root, row.path) if row else None
+
+
+def _trained_on(row: AdapterRow) -> Content:
+    """Whether the chosen base is the one it was trained on, as far as that is known without reading its weights."""
+    if row.same_base:
+        return _mark("✓", "$success", "same hash as the chosen base")
+    if row.same_base is False:
+        return _mark("!", "$warning", f"trained on {row.trained_on}: the chosen base has another hash")
+    return Content.styled(f"trained on {plain(row.trained_on)}, hash not compared yet", "$faint")
+
+
+def _template(row: AdapterRow) -> str:
+    if row.trained and row.trained.plain:
+        return "none: trained on plain text"
+    return row.template or "unknown: nothing says what it was trained with"
 
 
 def _mark(mark: str, style: str, words: str) -> Content:

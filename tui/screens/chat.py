@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from textual.content import Content
 from textual.widgets import Input, Static
 
 from engine.errors import MedmergeError
+from engine.template_check import Trained
 from tui import actions
 from tui.actions import Action
-from tui.chatting import Desk, Seat, Source, live_source, without_thoughts
+from tui.chatting import Desk, Seat, Source, live_source, template_warnings, without_thoughts
 from tui.parts import job_line, weights_content
 from tui.safe_text import plain
 from tui.screens.base import MedScreen
@@ -128,6 +129,8 @@ class ChatScreen(MedScreen):
             self.query_one("#template", Choice).set_options(
                 [("model", "model's own"), *((n, n) for n in value)]
             )
+        elif question == "template warnings":
+            self._show_warnings(value)
 
     def show_workspace(self, overview: Overview) -> None:
         self._find_live()
@@ -181,21 +184,37 @@ class ChatScreen(MedScreen):
                 seat = self._seats[pane]
                 if seat.source is None or seat.source.live:
                     seat.source, seat.scaled = found, None
+            self._warn()
             if found and self.focused is None and self.is_current:
                 self.query_one("#prompt").focus()
         self._heads()
 
     def _warn(self) -> None:
-        """Say when the template is not the one an adapter was trained with."""
+        """Have it said when the template is not the one that what sits in the panes was trained with.
+
+        Files say which text "model" is, and what a merge or GGUF is made of: they are read in a thread, and the
+        answer comes back as "template warnings".
+        """
         overview, template = self.med.overview, self.query_one("#template", Choice).value
-        words = ""
-        for label, path in self.med.selection.labels().items():
+        selection, live = self.med.selection, []
+        for label, path in selection.labels().items():
             row = overview.adapter(path) if overview else None
-            if row and row.template and row.template != template:
-                words = f"! {label.upper()} was trained with template {row.template}"
+            if row is not None and not row.error:
+                live.append(replace(row.trained or Trained("", row.template), label=label.upper()))
+        final = {s.source.path for s in self._seats.values() if s.source and not s.source.live}
+        mixing = not self._seated or any(s.source and s.source.live for s in self._seats.values())
+        base = selection.base
+        self.ask(
+            "template warnings",
+            lambda: template_warnings(
+                template, base if mixing else "", live if mixing else [], sorted(final)
+            ),
+        )
+
+    def _show_warnings(self, said: list[str]) -> None:
         warning = self.query_one("#warning", Static)
-        warning.update(Content.styled(plain(words), "$warning"))
-        warning.display = bool(words)
+        warning.update(Content.styled("\n".join(f"! {plain(words)}" for words in said), "$warning"))
+        warning.display = bool(said)
 
     def _heads(self) -> None:
         for pane in PANES:
@@ -412,6 +431,7 @@ class ChatScreen(MedScreen):
         seat.source = Source(path, Path(path).name) if path else self._live
         seat.scaled = None
         self._heads()
+        self._warn()
         self._notice(Content(""))
 
     def command(self) -> Action | None:
