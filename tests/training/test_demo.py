@@ -14,9 +14,7 @@ from engine.errors import BadAdapterError, BadModelError
 from engine.jobs.events import EventWriter
 from engine.weights import Adapter
 from engine.weights.tensorfile import file_sha256
-from training.audit.detectors import Document, leaks
-from training.audit.report import read_documents
-from training.audit.text import Vocabulary
+from training.audit.report import audit_files
 from training.config import read as read_config
 from training.data.sources import Source, read_source
 from training.demo import base, job
@@ -68,12 +66,8 @@ def test_training_and_test_pages_and_abstracts_do_not_meet() -> None:
 
 
 def test_the_audit_of_what_ships_finds_nothing() -> None:
-    vocabulary = Vocabulary()
-
-    def read(names: tuple[str, ...]) -> list[Document]:
-        return [document for name in names for document in read_documents(DATA / f"{name}.jsonl", vocabulary)]
-
-    assert leaks(read(("pt_train", "sft_train")), read(TESTS)) == []
+    train = [DATA / f"{name}.jsonl" for name in ("pt_train", "sft_train")]
+    assert audit_files(train, [DATA / f"{name}.jsonl" for name in TESTS], EventWriter())["leaks"] == []
 
 
 @pytest.mark.parametrize("label", ["pt", "sft"])

@@ -27,8 +27,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.audit.detectors import Document, duplicates, leaks
-from training.audit.text import Vocabulary, pieces
+from training.audit.memory import leaks_between, repeats_within
 
 Row = dict[str, Any]
 TEST_SHARE = 0.08  # of MedQuAD's topic groups
@@ -323,9 +322,8 @@ def training_candidates(medquad: Sequence[Row], pubmed: Sequence[Row]) -> tuple[
     return pt, sft
 
 
-def without_repeats(rows: Sequence[Row], key: str, vocabulary: Vocabulary) -> list[Row]:
-    documents = [Document.of("", n, [row[key]], vocabulary) for n, row in enumerate(rows)]
-    repeated = {match.left.row for match in duplicates(documents)}
+def without_repeats(rows: Sequence[Row], key: str) -> list[Row]:
+    repeated = {repeat.row for repeat in repeats_within([{key: row[key]} for row in rows])}
     return [row for n, row in enumerate(rows) if n not in repeated]
 
 
@@ -343,16 +341,14 @@ def take_pt(rows: Sequence[Row]) -> list[Row]:
 
 def audited(tests: dict[str, list[Row]], trains: dict[str, list[Row]]) -> tuple[Counter[str], Counter[str]]:
     """Step 4, in place: boilerplate leaves the test sets, matched rows leave training. Returns what was dropped."""
-    vocabulary = Vocabulary()
-    documents = {
-        name: [Document.of(name, n, pieces(row), vocabulary) for n, row in enumerate(rows)]
-        for name, rows in {**tests, **trains}.items()
-    }
-    train_documents = [document for name in trains for document in documents[name]]
-    test_documents = [document for name in tests for document in documents[name]]
+    train_rows = [(name, n) for name, rows in trains.items() for n in range(len(rows))]
+    test_rows = [(name, n) for name, rows in tests.items() for n in range(len(rows))]
     matches: dict[tuple[str, int], set[tuple[str, int]]] = defaultdict(set)
-    for match in leaks(train_documents, test_documents):
-        matches[(match.right.file, match.right.row)].add((match.left.file, match.left.row))
+    found = leaks_between(
+        [row for rows in trains.values() for row in rows], [row for rows in tests.values() for row in rows]
+    )
+    for train_row, test_row, _, _ in found:
+        matches[test_rows[test_row]].add(train_rows[train_row])
     boilerplate = {key for key, rows in matches.items() if len(rows) > BOILERPLATE_MATCHES}
     kept: dict[str, list[Row]] = {}
     for name, rows in tests.items():
@@ -402,10 +398,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tests |= other_tests(options.source, medquad_test, pubmed_test)
     tests["safety"] = safety_probes(options.source)
     pt, sft = training_candidates(medquad_train, pubmed_train)
-    vocabulary = Vocabulary()
     trains = {
-        "pt_train": without_repeats(pt, "text", vocabulary),
-        "sft_train": without_repeats(sft, "output", vocabulary),
+        "pt_train": without_repeats(pt, "text"),
+        "sft_train": without_repeats(sft, "output"),
     }
     print(
         f"candidates: {len(pt)} PT, {len(sft)} SFT; without repeats {[len(rows) for rows in trains.values()]}"
