@@ -49,6 +49,10 @@ class Encoder(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
+    def __call__(
+        self, texts: list[str], *, add_special_tokens: bool, return_attention_mask: bool
+    ) -> dict[str, list[list[int]]]: ...
+
     def __hash__(self) -> int: ...
 
 
@@ -123,6 +127,15 @@ def encode_text(sample: Sample, tokenizer: Encoder, eos: int) -> Encoded:
     refuse_control_text(sample, tokenizer)
     ids = [*tokenizer.encode(sample.text, add_special_tokens=False), eos]
     return Encoded(ids, [IGNORE, *ids[1:]])
+
+
+def encode_texts(samples: Sequence[Sample], tokenizer: Encoder, eos: int) -> list[Encoded]:
+    """`encode_text` of many documents in one call: a fast tokenizer shares them among the processor's cores."""
+    for sample in samples:
+        refuse_control_text(sample, tokenizer)
+    texts = [sample.text for sample in samples]
+    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return [Encoded([*ids, eos], [IGNORE, *ids[1:], eos] if ids else [IGNORE]) for ids in rows]
 
 
 def split_budget(source: int, target: int, budget: int) -> tuple[int, int]:

@@ -7,7 +7,8 @@ Called by `training.run` and `training.fewshot`. One pass over the files, in bou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from training.masking import Encoded
 from training.packing import Blocks
 from training.tokens import TokenStore, TokenWriter, open_store
 
+BATCH_ROWS, BATCH_CHARACTERS = 256, 4_000_000
 Drop = Mapping[str, Mapping[int, str]]  # file -> row (from 0) -> why it is left out
 
 
@@ -95,6 +97,12 @@ class Encoder:
             train_on_prompt=config.train_on_prompt,
             mask_history=config.mask_history,
         )
+
+    def many(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """The same of several samples; plain texts are tokenised together, on all cores."""
+        if self.config.kind == "pt":
+            return masking.encode_texts(samples, self.tokenizer, self._end)
+        return [self(sample) for sample in samples]
 
     def why_untrained(self, sample: Sample) -> str:
         assert self.template is not None
@@ -175,30 +183,44 @@ def _encode(
 ) -> TokenStore:
     rows = dict(zip(_paths(config), (item.rows for item in data), strict=True))
     total = sum(rows[source.path] for source in (*config.data, *config.eval_data))
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # jobs start with it off; nothing is forked here
     counts = {"rows": 0, "too_long": 0, "cut_tokens": 0, "untrained": 0, "dropped": 0, "eval_documents": 0}
     first_untrained = first_long = ""
     with TokenWriter(folder) as writer:
         for source, evaluation in _all_sources(config):
-            for sample in read_source(source, config.kind):
-                counts["rows"] += 1
+            for batch in _batches(read_source(source, config.kind)):
+                counts["rows"] += len(batch)
+                kept = batch if evaluation else [s for s in batch if s.index not in drop.get(source.path, {})]
+                counts["dropped"] += len(batch) - len(kept)
+                for sample, encoded in zip(kept, encoder.many(kept), strict=True):
+                    if encoded.cut:
+                        counts["too_long"] += 1
+                        counts["cut_tokens"] += encoded.cut
+                        first_long = first_long or sample.place
+                    if not encoded.trained:
+                        counts["untrained"] += 1
+                        first_untrained = first_untrained or f"{sample.place}: {_why(encoder, sample)}"
+                        continue
+                    key = sample_key(sample)
+                    counts["eval_documents"] += evaluation
+                    writer.add(encoded, key, 0 if evaluation else copies(key, source.weight, config.seed))
                 events.progress(counts["rows"], max(total, counts["rows"]), "rows", phase="encode")
-                if not evaluation and sample.index in drop.get(source.path, {}):
-                    counts["dropped"] += 1
-                    continue
-                encoded = encoder(sample)
-                if encoded.cut:
-                    counts["too_long"] += 1
-                    counts["cut_tokens"] += encoded.cut
-                    first_long = first_long or sample.place
-                if not encoded.trained:
-                    counts["untrained"] += 1
-                    first_untrained = first_untrained or f"{sample.place}: {_why(encoder, sample)}"
-                    continue
-                key = sample_key(sample)
-                counts["eval_documents"] += evaluation
-                writer.add(encoded, key, 0 if evaluation else copies(key, source.weight, config.seed))
         _say(counts, first_long, first_untrained, config, events)
         return writer.finish({**made_from, "counts": counts})
+
+
+def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Samples in lists of up to BATCH_ROWS rows or BATCH_CHARACTERS characters."""
+    batch: list[Sample] = []
+    size = 0
+    for sample in samples:
+        batch.append(sample)
+        size += len(sample.text)
+        if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _why(encoder: Encoder, sample: Sample) -> str:
