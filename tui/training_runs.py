@@ -177,7 +177,9 @@ class AuditView:
     when: float = 0.0
     source: str = ""  # "audit", or the name of the run
     changed: bool = False
-    examples: tuple[dict[str, Any], ...] = ()
+    found: tuple[dict[str, Any], ...] = ()  # leaks: files, rows, detector, score
+    examples: tuple[dict[str, Any], ...] = ()  # some of them with their texts, what they share marked
+    dropped: int = 0  # rows that the run left out because of them
     job: JobRow | None = None
 
 
@@ -222,7 +224,8 @@ def _audit_job(job: JobRow, train: Sequence[str], tests: Sequence[str]) -> Audit
         repeats=len(job.result.get("duplicates") or []),
         when=when,
         source="audit",
-        examples=tuple(leak for leak in leaks[:200] if isinstance(leak, dict)),
+        found=_objects(leaks),
+        examples=_objects(job.result.get("examples")),
         job=job,
     )
 
@@ -234,10 +237,23 @@ def _audit_run(run: RunView, train: Sequence[str], tests: Sequence[str]) -> Audi
         return None
     if set(files_of(run.config, "data")) != set(train) or set(files_of(run.config, "tests")) != set(tests):
         return None
-    named = run.audit.get("tests")
-    named = named if isinstance(named, list) else []
-    rows = [_count(entry.get("rows")) for entry in named if isinstance(entry, dict)]
-    return AuditView("known", leaks=leaks, test_rows=sum(rows), when=run.created, source=run.name)
+    return AuditView(
+        "known",
+        leaks=leaks,
+        leaking_rows=_count(_object(run.audit.get("counts")).get("leaking_train_rows")),
+        test_rows=sum(_count(entry.get("rows")) for entry in _objects(run.audit.get("tests"))),
+        when=run.created,
+        source=run.name,
+        found=_objects(run.audit.get("findings")),
+        dropped=_count(run.audit.get("dropped_rows")),
+    )
+
+
+def _objects(values: Any, most: int = 200) -> tuple[dict[str, Any], ...]:
+    """The mappings among the first of a list's entries; of anything else none."""
+    return (
+        tuple(entry for entry in values[:most] if isinstance(entry, dict)) if isinstance(values, list) else ()
+    )
 
 
 def _count(value: Any) -> int:

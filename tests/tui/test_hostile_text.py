@@ -8,7 +8,16 @@ from pathlib import Path
 from tests.tui.fake_backend import BASE, CHOSEN, FULL, MERGE, PT, SFT, TABLE, FakeBackend, job, show, until
 from tui.app import MedmergeApp
 from tui.screens.report import ReportScreen
-from tui.snapshots import FindingView, JobFeed, ModuleView, VerdictView
+from tui.snapshots import (
+    FindingView,
+    JobFeed,
+    ModuleView,
+    Piece,
+    PreviewView,
+    SampleView,
+    TrainRun,
+    VerdictView,
+)
 from tui.widgets.stream import StreamPane, Turn
 
 EVIL = "\x1b]0;owned\x07\x1b[31m[bold red]x[/]\u202egnp.exe[@click=app.quit]c[/]\x9b5n\r"
@@ -49,6 +58,13 @@ async def test_names_errors_logs_and_verdicts_are_tame_on_every_screen() -> None
     ]
     backend = FakeBackend(view, jobs)
     backend.feeds = {"train-2": JobFeed(log=(EVIL, f"! {EVIL}"))}
+    told = {"preset": EVIL, "output": f"/ws/{EVIL}", "kind": EVIL}
+    backend.trained = (
+        TrainRun("/ws/runs/x", EVIL, "", 1.0, told, {EVIL: ((1.0, 1.0),), "loss": ((1.0, 1.0),)}),
+    )
+    backend.preview_view = PreviewView(
+        (SampleView(EVIL, 1, 1, 0, (Piece(EVIL, True),), EVIL),), EVIL, warnings=(EVIL,)
+    )
     backend.rows = tuple(replace(row, model=EVIL, task=EVIL, detail=EVIL, method=EVIL) for row in TABLE[:4])
     app = MedmergeApp(backend, replace(CHOSEN, sft=""))
     async with app.run_test(size=(120, 36)) as pilot:
@@ -56,9 +72,12 @@ async def test_names_errors_logs_and_verdicts_are_tame_on_every_screen() -> None
             await show(pilot, name)
             await pilot.pause(0.1)
             assert_tame(app)
-            assert "[bold red]" in drawn(app) or name in ("chat", "train", "merge"), (
-                f"{name}: markup was read"
-            )
+            assert "[bold red]" in drawn(app) or name in ("chat", "merge"), f"{name}: markup was read"
+            if name == "train":
+                await pilot.press("p")
+                await until(pilot, lambda: backend.previews)
+                await pilot.pause(0.1)
+                assert_tame(app)
         app.show_report(MERGE.path)
         await until(pilot, lambda: isinstance(app.screen, ReportScreen))
         await pilot.pause(0.1)

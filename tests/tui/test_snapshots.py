@@ -5,6 +5,7 @@ After a wanted change: pytest tests/tui/test_snapshots.py --snapshot-update, and
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.tui.fake_backend import BAD_MERGE, CHOSEN, FakeBackend, show, text_of
 from tests.tui.test_report import WHOLE
 from tui.app import MedmergeApp
 from tui.screens.report import ReportScreen
+from tui.snapshots import Points, TrainRun
 
 SIZES = [(80, 24), (120, 36)]
 
@@ -38,6 +40,56 @@ def test_merge(snap_compare: Any, size: tuple[int, int]) -> None:
         )
 
     app = MedmergeApp(FakeBackend(), CHOSEN)
+    assert snap_compare(app, terminal_size=size, run_before=settle)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["80x24", "120x36"])
+def test_train(snap_compare: Any, size: tuple[int, int]) -> None:
+    def curves(start: float, end: float, steps: int) -> dict[str, Points]:
+        fall = [(float(step), end + (start - end) * 0.97**step) for step in range(1, steps + 1)]
+        loss = tuple((step, value + 0.1 * math.sin(step * 1.7)) for step, value in fall)
+        numbers = {
+            "lr": 3.1e-4,
+            "grad_norm": 0.52,
+            "tok_s": 171.0,
+            "tokens": 204_800.0,
+            "padding": 0.021,
+            "memory": 1.9e9,
+        }
+        held_out = tuple(point for point in fall if point[0] % 40 == 0)
+        last = {name: ((float(steps), value),) for name, value in numbers.items()}
+        return {"loss": loss, "eval_loss": held_out, **last}
+
+    def run(name: str, kind: str, created: float, steps: int, *, done: bool) -> TrainRun:
+        start, end = (2.5, 1.7) if kind == "sft" else (2.8, 2.3)
+        config = {"kind": kind, "output": f"/ws/adapters/{name}"}
+        whole = {"adapter": f"/ws/adapters/{name}", "finished": created} if done else {}
+        return TrainRun(
+            f"/ws/runs/{name}",
+            name,
+            kind,
+            created,
+            config,
+            curves(start, end, steps),
+            steps=200,
+            resumable=True,
+            **whole,
+        )
+
+    async def settle(pilot: Pilot[None]) -> None:
+        await show(pilot, "train")
+        await until(pilot, lambda: "stopped at step 163" in text_of(app, "#status"))
+        await until(pilot, lambda: "demo-pt" in str(app.screen.query_one("#preset").render()))
+        await until(pilot, lambda: "not done yet" in text_of(app, "#audit"))
+        await pilot.pause(0.2)
+
+    backend = FakeBackend()
+    backend.trained = (
+        run("sft-rank32", "sft", 3.0, 163, done=False),
+        run("sft-rank16", "sft", 2.0, 200, done=True),
+        run("pt-medcorpus", "pt", 1.0, 200, done=True),
+    )
+    app = MedmergeApp(backend, CHOSEN)
     assert snap_compare(app, terminal_size=size, run_before=settle)
 
 

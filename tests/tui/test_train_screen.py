@@ -494,18 +494,27 @@ async def test_an_audit_of_what_the_form_says(app: MedmergeApp, backend: FakeBac
             "detector": "exact",
             "score": 1.0,
         }
-        found = {"leaks": [leak] * 4, "duplicates": [], "counts": {**counts, "leaking_train_rows": 4}}
+        example = {
+            **leak,
+            "train": [["We say: ", False], ["take it with food", True]],
+            "test": [["take it with food", True]],
+        }
+        found = {
+            "leaks": [leak] * 4,
+            "duplicates": [],
+            "examples": [example],
+            "counts": {**counts, "leaking_train_rows": 4},
+        }
         late = time.time() + 60
         backend.jobs.insert(
             0, job(200, "audit", "done", params=action.params, result=found, exit_code=1, started=late)
         )
         await until(pilot, lambda: "✗ 4 leaks" in text_of(app, "#audit"))
-        assert "pt_train.jsonl row 5 = medquad_short.jsonl row 9 (exact, 1.00)" in text_of(
-            app, "#audit"
-        ).replace("\n", "") or ("pt_train.jsonl row 5 = " in text_of(app, "#audit"))
+        assert "  pt_train.jsonl row 5 = " in text_of(app, "#audit")
         await pilot.press("v")
         await until(pilot, lambda: isinstance(app.screen, TextScreen))
-        assert text_of(app, "#text").count("medquad_short.jsonl row 9 (exact, 1.00)") == 4
+        assert text_of(app, "#text").count("medquad_short.jsonl row 9 (exact, 1.00)") == 5
+        assert "train  We say: take it with food" in text_of(app, "#text")
         await pilot.press("escape")
 
         changed = tuple(replace(file, modified=late + 60) for file in FULL.data)
@@ -520,12 +529,27 @@ async def test_the_verdict_of_a_run_counts_for_its_files(app: MedmergeApp, backe
         "data": [{"path": "/ws/data/pt_train.jsonl"}],
         "tests": ["/ws/data/medquad_short.jsonl"],
     }
-    audit = {"tests": [{"rows": 48}], "leaks": 0}
+    audit: dict[str, Any] = {"tests": [{"rows": 48}], "leaks": 0}
     backend.trained = (run("old", "pt", 5.0, config={**config, "output": "/ws/adapters/old"}, audit=audit),)
     async with app.run_test(size=(120, 36)) as pilot:
         await show(pilot, "train")
         await until(pilot, lambda: "0 of 48 test rows" in text_of(app, "#audit"))
         assert "by old" in text_of(app, "#audit")
+        leak = {
+            "train_file": "a",
+            "train_row": 1,
+            "test_file": "b",
+            "test_row": 2,
+            "detector": "exact",
+            "score": 1,
+        }
+        leaky = {**audit, "leaks": 2, "findings": [leak] * 2, "dropped_rows": 1}
+        backend.trained = (replace(backend.trained[0], audit=leaky),)
+        app.read_workspace()
+        backend.view = replace(FULL)
+        app.read_workspace()
+        await until(pilot, lambda: "✗ 2 leaks" in text_of(app, "#audit"))
+        assert "1 rows dropped" in text_of(app, "#audit")
 
 
 # ---- small terminals, empty workspaces, the plot itself --------------------------------------------------------

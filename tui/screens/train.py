@@ -24,7 +24,7 @@ from tui.screens.base import MedScreen
 from tui.screens.dialogs import ConfirmScreen, TextScreen
 from tui.screens.train_form import TrainForm, read_presets
 from tui.screens.train_parts import audit_words, leak_page, run_line, runs_header, status, strip
-from tui.snapshots import JobFeed, JobRow, Overview, PreviewView, TrainRun
+from tui.snapshots import JobFeed, JobRow, Overview, Points, PreviewView, TrainRun
 from tui.text import smooth
 from tui.training_runs import AuditView, RunView, audit_of, give_colours, views
 from tui.widgets.plot import PlotPanel, Series, resting_end
@@ -215,11 +215,12 @@ class TrainScreen(MedScreen):
         shown = [run for run in self.runs if self._overlay.get(run.key) and run is not selected]
         shown = [*([selected] if selected else []), *shown]
         series = [one for run in shown for one in self._series(run, run is selected)]
-        steps = [x for one in series for x, _ in one.points]
         limits = None
-        if steps and any(run.live for run in shown):
-            total = max(run.total for run in shown)
-            limits = (min(steps), resting_end(max(steps), total))
+        if (
+            selected and selected.live and selected.curves
+        ):  # its steps are looked at: others as far as those go
+            limits = (0.0, resting_end(selected.step, selected.total))
+            series = [replace(one, points=_until(one.points, limits[1])) for one in series]
         smoothed = {"light": "smoothed", "strong": "strongly smoothed"}.get(self._smoothing, "")
         note = ", ".join(filter(None, ("log axis" if self._log else "", smoothed)))
         plot.say_when_empty(self._empty())
@@ -263,6 +264,7 @@ class TrainScreen(MedScreen):
         box = self.query_one("#audit", Static)
         words = audit_words(self._audit, box.size.width or 38, bool(form.tests), bool(form.data))
         box.update(words)
+        self._make_room(len(words.wrap(max(10, box.size.width or 38))))
         about = form.about()
         hint = Content.assemble(
             ("f", "bold $primary"),
@@ -271,6 +273,11 @@ class TrainScreen(MedScreen):
             (" as command", "$faint"),
         )
         self.query_one("#about", Static).update(Content.styled(about, "$faint") if about else hint)
+
+    def _make_room(self, audit_lines: int) -> None:
+        """The form is as high as its settings, and scrolls where the lines below it need the room."""
+        below = audit_lines + 1 + (0 if self.has_class("-short") else 3)
+        self.form.styles.max_height = max(6, self.query_one("#side").size.height - below)
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         self._draw_selected()
@@ -326,7 +333,7 @@ class TrainScreen(MedScreen):
         if action == "overlay":
             return len(self.runs) > 1
         if action == "leaks":
-            return bool(self._audit.examples)
+            return bool(self._audit.found)
         return True
 
     def command(self) -> Action | None:
@@ -393,7 +400,7 @@ class TrainScreen(MedScreen):
         self.med.start_job(actions.audit(self.med.backend.root, list(form.data), list(form.tests)))
 
     def action_leaks(self) -> None:
-        if self._audit.examples:
+        if self._audit.found:
             self.app.push_screen(TextScreen("Test rows in the data", [leak_page(self._audit)]))
 
     def action_preview(self) -> None:
@@ -450,3 +457,9 @@ class TrainScreen(MedScreen):
         names = list(SMOOTHING)
         self._smoothing = names[(names.index(self._smoothing) + 1) % len(names)]
         self._draw_plot()
+
+
+def _until(points: Points, end: float) -> Points:
+    return (
+        points if not points or points[-1][0] <= end else tuple(point for point in points if point[0] <= end)
+    )

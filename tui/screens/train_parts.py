@@ -225,15 +225,16 @@ def audit_words(view: AuditView, width: int, any_tests: bool, any_data: bool = T
     elif view.leaks == 0:
         lines.append(Content.assemble(head, ("no test set chosen", "$warning")))
     else:
-        rows = f", {view.leaking_rows:,} rows of the data" if view.leaking_rows else ""
+        rows = f", {view.leaking_rows:,} rows" if view.leaking_rows else ""
         words = f"✗ {view.leaks:,} leak{'s' if view.leaks > 1 else ''}"
-        lines.append(Content.assemble(head, (words, "bold $error"), rows))
+        lists = [("   v", "bold $primary"), (" lists them", "$faint")] if view.found else []
+        lines.append(Content.assemble(head, (words, "bold $error"), rows, *lists))
         lines += [
             Content.styled(cut(f"  {leak_words(leak)}", width), "") for leak in view.examples[:LEAKS_SHOWN]
         ]
-        if view.examples:
-            lines.append(Content.assemble("  ", ("v", "bold $primary"), (" lists them", "$faint")))
     facts = []
+    if view.dropped:
+        facts.append(f"{view.dropped:,} rows dropped")
     if view.repeats is not None:
         facts.append(f"{view.repeats:,} repeated row{'' if view.repeats == 1 else 's'}")
     facts.append(f"by {'an audit' if view.source == 'audit' else plain(view.source)}, {_when(view.when)}")
@@ -256,11 +257,22 @@ def leak_words(leak: Mapping[str, Any]) -> str:
 
 
 def leak_page(view: AuditView) -> Content:
-    """All leaks that were kept, with their texts where the audit gives them."""
-    lines = [Content.styled(f"{view.leaks:,} leaks; rows are counted from 0", "$faint"), Content("")]
-    for leak in view.examples:
-        lines.append(Content(plain(leak_words(leak))))
-        for key, words in (("train_text", "data"), ("test_text", "test")):
-            if leak.get(key):
-                lines.append(Content.assemble((f"  {words}  ", "$faint"), plain(str(leak[key]))))
+    """Some leaks with both texts, what they share standing out, then all that were kept."""
+    lines = [Content.styled(f"{view.leaks or 0:,} leaks; rows are counted from 0", "$faint"), Content("")]
+    for example in view.examples:
+        lines.append(Content.styled(plain(leak_words(example)), "bold"))
+        lines += [_side(words, example.get(words)) for words in ("train", "test")]
+        lines.append(Content(""))
+    lines += [Content(plain(leak_words(leak))) for leak in view.found]
+    if view.leaks and len(view.found) < view.leaks:
+        lines.append(Content.styled(f"… and {view.leaks - len(view.found):,} more: medmerge audit", "$faint"))
     return Content("\n").join(lines)
+
+
+def _side(words: str, pieces: Any) -> Content:
+    """One side of an example: [[text, whether the other side has it too], ...]."""
+    line = Content.styled(f"{words:<7}", "$faint")
+    for piece in pieces if isinstance(pieces, list) else ():
+        if isinstance(piece, list) and len(piece) == 2:
+            line += Content.styled(plain(str(piece[0])), "$warning" if piece[1] else "$faint")
+    return line
