@@ -46,6 +46,7 @@ class Reporter(TrainerCallback):
         self.held_out, self.pad, self.eval_every, self.batch_size = held_out, pad, eval_every, batch_size
         self.trainer: LoraTrainer | None = None
         self._mark = (0.0, 0)  # time and tokens when the last rate was taken
+        self._latest: dict[str, float] = {}  # loss, held-out loss and speed, for the progress line
 
     def _trainer(self) -> LoraTrainer:
         assert self.trainer is not None
@@ -63,8 +64,8 @@ class Reporter(TrainerCallback):
         if self._main:
             self.curve.rewind(state.global_step)
         self._mark = (time.monotonic(), int(trainer.counts[0]))
+        self._progress(state)
         self.after_step(state.global_step)
-        self.events.progress(state.global_step, state.max_steps, "steps", phase="train")
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,11 +102,13 @@ class Reporter(TrainerCallback):
         }
         self.events.metric(state.global_step, **values)
         self.curve.append({"step": state.global_step, **values})
+        self._latest |= {"loss": logs["loss"], "tok_s": values["tok_s"]}
+        self._progress(state)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.events.progress(state.global_step, state.max_steps, "steps", phase="train")
+    def _progress(self, state: TrainerState) -> None:
+        forms = {"loss": "loss {:.3f}", "eval_loss": "held out {:.3f}", "tok_s": "{:,.0f} tok/s"}
+        said = [form.format(self._latest[key]) for key, form in forms.items() if key in self._latest]
+        self.events.progress(state.global_step, state.max_steps, "steps", ", ".join(said), phase="train")
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,11 +127,13 @@ class Reporter(TrainerCallback):
         if not self.held_out or not due or known:
             return
         started = time.monotonic()
+        self.events.progress(step, state.max_steps, "steps", "measuring the held-out loss", phase="train")
         part = (trainer.args.process_index, trainer.args.world_size)
         loss, count = held_out_loss(trainer.model, self.held_out, self.pad, self.batch_size, part)
         # Straight into the history: Trainer.log here would cancel the log of this step's training loss.
         state.log_history.append({"step": step, "eval_loss": loss, "eval_tokens": count})
         values = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50.0))}
+        self._latest["eval_loss"] = loss
         if self._main:
             self.events.metric(step, **values)
             self.curve.append({"step": step, **values})

@@ -15,6 +15,7 @@ from engine.jobs.spec import JobSpec
 from engine.jobs.store import JobStore, JobView
 
 GRACE_SECONDS = 10.0
+SLOW_TO_STOP = {"train": 90.0}  # by kind: several processes end their step together, then save it
 
 
 def launch(spec: JobSpec, jobs_folder: Path) -> JobView:
@@ -56,13 +57,14 @@ def reap() -> None:
     _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
 
 
-def cancel(job: JobView, grace: float = GRACE_SECONDS) -> bool:
-    """Stop a job and everything it started: SIGTERM, then SIGKILL after `grace` seconds.
+def cancel(job: JobView, grace: float | None = None) -> bool:
+    """Stop a job and everything it started: SIGTERM, then SIGKILL after `grace` seconds (by default by its kind).
 
     Descendants are found by pid and checked by start time (workers may have sessions of their own).
     Returns False when the job had already ended. Blocks up to `grace` seconds.
     """
     job = _once_started(job)
+    grace = SLOW_TO_STOP.get(job.spec.kind, GRACE_SECONDS) if grace is None else grace
     if job.final or job.pid is None:
         return False
     try:

@@ -222,10 +222,11 @@ def progress_text(data: dict[str, Any]) -> str:
         parts.append(
             f"{amount(done, unit)}/{amount(total, unit)}{'' if unit == 'B' else ' ' + unit}".rstrip()
         )
-    if data.get("rate"):
-        parts.append(
-            f"{amount(data['rate'], unit)}{'' if unit == 'B' else ' ' + unit}/s".replace(" /s", "/s")
-        )
+    rate = data.get("rate")
+    if rate and rate < 1 and unit != "B":
+        parts.append(f"{1 / rate:.{0 if rate < 0.1 else 1}f} s/{unit.removesuffix('s') or 'step'}")
+    elif rate:
+        parts.append(f"{amount(rate, unit)}{'' if unit == 'B' else ' ' + unit}/s".replace(" /s", "/s"))
     if data.get("eta_s") is not None:
         parts.append(f"{duration(data['eta_s'])} left")
     if data.get("message"):
