@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from engine.jobs import EventWriter
+from engine.merge.job import run_merge
+from engine.template_check import Trained, choose
+from tests.conftest import MakeAdapter
 from tests.tui.fake_backend import BASE, CHOSEN, PT, SFT, FakeBackend, job, show, text_of, until
 from tui.app import MedmergeApp
-from tui.chatting import live_source, without_thoughts
+from tui.chatting import live_source, template_warnings, without_thoughts
 from tui.screens.chat import ChatScreen
+from tui.widgets.choice import Choice
 from tui.widgets.slider import WeightSlider
 from tui.widgets.stream import StreamPane
 
@@ -163,7 +169,36 @@ async def test_a_final_gguf_beside_the_live_mixture(live: tuple[MedmergeApp, Fak
 async def test_template_that_was_not_trained_with_is_said(app: MedmergeApp) -> None:
     async with app.run_test(size=(120, 36)) as pilot:
         await show(pilot, "chat")
-        assert "was trained with template qwen3_nothink" in text_of(app, "#warning")
+        await until(
+            pilot, lambda: "adapter SFT was trained with template qwen3_nothink" in text_of(app, "#warning")
+        )
+        app.screen.query_one("#template", Choice).set_reactive(
+            Choice.value, "chatml"
+        )  # writes the same texts
+        app.screen._warn()  # type: ignore[attr-defined]
+        await until(pilot, lambda: "SFT" not in text_of(app, "#warning"))
+
+
+def test_warnings_of_what_is_in_the_panes(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """Adapters that are mixed in, and those inside a merge that a pane talks to."""
+    adapter = make_adapter(tiny_llama, rank=2)
+    note = {"kind": "sft", "template": "llama3", "template_text": None}
+    (adapter / "training.json").write_text(json.dumps(note))
+    recipe = {
+        "base": str(tiny_llama),
+        "adapters": {"sft": {"path": str(adapter), "weight": 1}},
+        "output": {"path": str(tmp_path / "m.gguf"), "kind": "gguf", "gguf": ["f16"]},
+    }
+    run_merge({"recipe": recipe, "verify": False}, EventWriter())
+    own = Trained("SFT", "model", choose("model", tiny_llama).sha256)
+    (said,) = template_warnings("model", str(tiny_llama), [own], [str(tmp_path / "m.gguf")])
+    assert "adapter sft in m.gguf was trained with template llama3" in said
+    assert "choose llama3 as template" in said
+    (said,) = template_warnings("llama3", str(tiny_llama), [own], [str(tmp_path / "m.gguf")])
+    assert "adapter SFT was trained with template model" in said
+    assert template_warnings("model", str(tiny_llama), [own], ["/nowhere.gguf"]) == []
 
 
 def test_thoughts_do_not_go_back_into_the_conversation() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engine.template_check import Trained
 from tests.tui.fake_backend import (
     BASE,
+    CHOSEN,
     EMPTY,
     FULL,
     MISFIT,
@@ -49,6 +51,20 @@ async def test_adapters_are_listed_usable_first_with_their_reason(app: MedmergeA
         await until(pilot, lambda: "[5120, 5120]" in text_of(app, "#detail"))
         rows.choose(OLD.path)
         await until(pilot, lambda: "names another base" in text_of(app, "#detail"))
+
+
+async def test_the_base_an_adapter_was_trained_on_is_said() -> None:
+    for same, words in (
+        (True, "same hash as the chosen base"),
+        (False, "trained on first: the chosen base has another hash"),
+        (None, "trained on first, hash not compared yet"),
+    ):
+        row = replace(PT, trained_on="first", same_base=same, trained=Trained("pt", plain=True))
+        app = MedmergeApp(FakeBackend(replace(FULL, adapters=(row,))), CHOSEN)
+        async with app.run_test(size=(120, 36)) as pilot:
+            await show(pilot, "adapters")
+            await until(pilot, lambda app=app, words=words: words in " ".join(text_of(app, "#detail").split()))
+            assert "none: trained on plain text" in text_of(app, "#detail")
 
 
 async def test_choosing_pt_and_sft(backend: FakeBackend) -> None:

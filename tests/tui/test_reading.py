@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 
 from engine.jobs import EventWriter, JobSpec, JobStore
+from engine.template_check import Trained
 from engine.workspace import Workspace
 from tests.conftest import MakeAdapter
 from tui import reading
@@ -15,6 +18,7 @@ from tui.backend import LocalBackend
 from tui.jobwatch import JobWatch
 from tui.reading_merges import merge_row
 from tui.results import verdict
+from tui.snapshots import AdapterRow
 
 
 def test_a_real_workspace(tmp_path: Path, tiny_llama: Path, make_adapter: MakeAdapter) -> None:
@@ -38,6 +42,36 @@ def test_a_real_workspace(tmp_path: Path, tiny_llama: Path, make_adapter: MakeAd
     mixture = Mixture(view.models[0].path, adapters, {"pt": 0.3, "sft": 0.7}, str(root / "merges" / "m"))
     plan = backend.plan(mixture)
     assert plan.touched > 0 and plan.written > 0 and plan.fits
+
+
+def test_the_base_an_adapter_was_trained_on(
+    tmp_path: Path, tiny_llama: Path, make_adapter: MakeAdapter
+) -> None:
+    """Compared by hash where the base's note says it; never by reading the weights."""
+    root = Workspace(tmp_path / "ws").create().root
+    base = shutil.copytree(tiny_llama, root / "bases" / "tiny")
+    weights = base / "model.safetensors"
+    right = hashlib.sha256(weights.read_bytes()).hexdigest()
+    for name, sha256, template in (("right", right, "llama3"), ("wrong", "0" * 64, "model")):
+        folder = shutil.copytree(make_adapter(tiny_llama, rank=2), root / "adapters" / name)
+        note = {"kind": "pt", "template": template, "base": {"name": "first", "sha256": sha256}}
+        (folder / "training.json").write_text(json.dumps(note))
+    backend = LocalBackend(root)
+
+    def rows() -> dict[str, AdapterRow]:
+        return {row.name: row for row in backend.overview(str(base)).adapters}
+
+    assert {row.same_base for row in rows().values()} == {None}
+    assert {row.trained_on for row in rows().values()} == {"first"}
+    note = {"files": {weights.name: {"bytes": weights.stat().st_size, "sha256": right}}}
+    (base / "medmerge.json").write_text(json.dumps(note))
+    found = rows()
+    assert (found["right"].same_base, found["wrong"].same_base) == (True, False)
+    assert found["wrong"].warning and not found["right"].warning, (
+        "its config names another folder, which is the same"
+    )
+    assert found["right"].trained == Trained("right", "llama3")
+    assert found["wrong"].trained == Trained("wrong", plain=True)
 
 
 def test_verdicts_in_words() -> None:

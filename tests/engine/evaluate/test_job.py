@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.errors import BadInputError, CancelledError, TargetExistsError
+from engine.errors import BadInputError, BadModelError, CancelledError, TargetExistsError
 from engine.evaluate import job, parse_config
 from engine.evaluate.store import RunStore
 from engine.evaluate.summary import load_table, sweep_curve
 from engine.jobs.events import EventWriter
+from engine.weights import Adapter, Checkpoint
+from engine.weights.identity import base_identity
 
 
 def params(config: dict[str, Any], out: Path, resume: bool = False) -> dict[str, Any]:
@@ -137,3 +140,35 @@ def test_table_is_recomputed_when_it_is_not_of_these_rows(sweep_config, tmp_path
     assert load_table(run) == good
     (run / "table.json").write_text("{")
     assert load_table(run) == good
+
+
+def test_templates_and_base_that_were_not_trained_with_are_said(sweep_config, tiny_qwen3, tmp_path):
+    identity = {"name": "tiny-qwen3", "sha256": "0" * 64, "shards": 1}
+    folder = tmp_path / "sft"
+    shutil.copytree(sweep_config["adapters"]["sft"], folder)
+    note = {"kind": "sft", "template": "llama3", "template_text": None, "base": identity}
+    (folder / "training.json").write_text(json.dumps(note))
+    sweep_config |= {
+        "adapters": {"sft": str(folder), "other": sweep_config["adapters"]["pt"]},
+        "weights": [{"sft": 0.5, "other": 0.5}],
+        "templates": ["llama3", "chatml"],
+    }
+    sweep_config["tasks"] = [task for task in sweep_config["tasks"] if task["kind"] == "probes"]
+    events = EventWriter()
+    result = job.run(params(sweep_config, tmp_path / "runs" / "a"), events)
+    said = [event.data["message"] for event in events.kept if event.type == "warning"]
+    assert result["warnings"] == said and len(said) == 5
+    assert "trained with template llama3, and template chatml is used: choose templates: [llama3]" in said[1]
+    assert all("adapter other: template unknown" in said[n] for n in (0, 2))
+    assert "compare within one template" in said[3]
+    assert "trained on tiny-qwen3" in said[4] and "another hash" in said[4]
+    assert result["trained_on"] == {"sft": {"name": "tiny-qwen3", "sha256": "0" * 64, "same": False}}
+    with pytest.raises(BadModelError, match="--strict-base"):
+        job.run({**params(sweep_config, tmp_path / "runs" / "b"), "strict_base": True}, EventWriter())
+    assert not (tmp_path / "runs" / "b").exists()
+    note["base"] = base_identity(Checkpoint.open(tiny_qwen3))
+    (folder / "training.json").write_text(json.dumps(note))
+    events = EventWriter()
+    adapters = {"sft": Adapter.open(folder)}
+    found = job.compare_with_base(adapters, Checkpoint.open(tiny_qwen3), events, strict=True)
+    assert found[0]["sft"]["same"] is True and found[1] == []

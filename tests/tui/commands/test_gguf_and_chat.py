@@ -76,10 +76,57 @@ def test_live_mixture_on_the_command_line(
     assert len(list((tmp_path / "w" / "gguf" / "live").iterdir())) == len(files) + 1
 
 
+def test_chat_says_when_another_template_was_trained_with(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Adapters mixed in while it runs, a merged checkpoint, and GGUFs with and without a manifest beside them."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "prompts.txt").write_text("What is aspirin?\n")
+    adapters = {}
+    for label, training in (
+        ("pt", {"kind": "pt", "template": "model", "template_text": None}),
+        ("sft", {"kind": "sft", "template": "llama3", "template_text": None}),
+        ("other", None),
+    ):
+        adapters[label] = make_adapter(tiny_llama, rank=2, name=label)
+        if training:
+            (adapters[label] / "training.json").write_text(json.dumps(training))
+
+    def chat(model: Path, *words: str) -> list[str]:
+        code, result, err = run(
+            capsys, "chat", str(model), *words, "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "2",
+            "--workspace", str(tmp_path / "w"),
+        )  # fmt: skip
+        assert code == 0
+        said: list[str] = result["warnings"]
+        assert all(f"warning: {words}" in err for words in said)
+        return said
+
+    live = [word for label, path in adapters.items() for word in ("--adapter", f"{label}={path}:0.5")]
+    sft, other = chat(tiny_llama, *live)
+    assert "adapter sft was trained with template llama3, and template model is used" in sft
+    assert "choose --template llama3" in sft and "adapter other: template unknown" in other
+    assert chat(tiny_llama, *live[:4], "--template", "llama3") == []
+    assert chat(tiny_llama, *live[:2]) == chat(tiny_llama) == []
+    merge = ["merge", "--base", str(tiny_llama), *live[:4], "--no-verify", "--workspace", str(tmp_path / "w")]
+    assert run(capsys, *merge, "--out", str(tmp_path / "m"))[0] == 0
+    inside = [words.replace("adapter sft", "adapter sft in m") for words in [sft]]
+    assert chat(tmp_path / "m") == inside
+    alone = ["--out", str(tmp_path / "one.gguf"), "--kind", "gguf", "--gguf", "f16"]
+    assert run(capsys, *merge, *alone)[0] == 0
+    assert (tmp_path / "one.gguf.json").is_file()
+    inside = [words.replace("adapter sft", "adapter sft in one.gguf") for words in [sft]]
+    assert chat(tmp_path / "one.gguf") == inside
+    (tmp_path / "one.gguf.json").unlink()
+    assert chat(tmp_path / "one.gguf") == inside and chat(tmp_path / "one.gguf", "--template", "llama3") == []
+
+
 @pytest.mark.parametrize(
     "argv, says",
     [
         (["chat", "none.gguf"], "does not exist"),
+        (["chat", "{bad}", "--template", "qwen3_nothnk", "--prompts", "{prompts}"], "unknown template"),
         (["chat", "{bad}"], "not a GGUF"),
         (["chat", "{bad}", "--temperature", "-1", "--prompts", "{prompts}"], "out of range"),
         (["chat", "{bad}", "--prompts", "{binary}"], "line 2 is not UTF-8"),

@@ -299,3 +299,23 @@ def test_the_plan_knows_what_comes_out(
     assert main(["plan", *mine, "x.gguf", "--kind", "gguf", "--gguf", "q8_0"]) == 2
     assert main(["plan", *FLAGS, "--out", "x", "--gguf", "q9_0"]) == 2
     assert main(["plan", *FLAGS[:2], "--adapter", "pt=adapters/pt:0", "--out", "x", "--kind", "adapter"]) == 2
+
+
+def test_strict_base_refuses_another_base(filled: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    base = {"name": "tiny", "sha256": "0" * 64, "shards": 1}
+    (filled.adapters / "sft" / "training.json").write_text(json.dumps({"kind": "sft", "base": base}))
+    flags = ["--base", "bases/tiny", "--adapter", "sft=adapters/sft:0.7"]
+    merge = ["merge", *flags, "--out", str(filled.merges / "m"), "--json"]
+    assert main([*merge, "--strict-base"]) == 2
+    out, err = capsys.readouterr()
+    assert "another hash" in json.loads(out)["error"] and "--strict-base" in err
+    assert not list(filled.merges.iterdir())
+    assert main(merge) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["trained_on"] == {"sft": {"name": "tiny", "sha256": "0" * 64, "same": False}}
+    said = next(words for words in result["warnings"] if "another hash" in words)
+    assert f"warning: {said}" in err
+    gguf = ["gguf", *flags, "--type", "f16", "--out", str(filled.gguf / "m.gguf"), "--json"]
+    assert main([*gguf, "--strict-base"]) == 2 and not list(filled.gguf.iterdir())
+    assert "another hash" in json.loads(capsys.readouterr().out)["error"]
