@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -232,6 +233,11 @@ _work: Work | None = None  # of a worker process, set once when it starts
 def _start(work: Work, parent: int) -> None:
     global _work
     os.environ["RAYON_NUM_THREADS"] = "1"
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # whoever stops the audit tells its parent, which ends the workers
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     _work = work.ready()
 
@@ -274,5 +280,5 @@ def run(work: Work, paths: list[Path], workers: int) -> Iterator[Done]:
         ) from error
     finally:
         for process in list((pool._processes or {}).values()):  # on error and cancel nothing may go on
-            process.terminate()
+            process.kill()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -107,6 +107,7 @@ def _excerpt(text: str, spans: list[tuple[str, int, int]], shared: set[tuple[str
         if tuple(word for word, _, _ in spans[i : i + RUN]) in shared:
             marked[i : i + RUN] = [True] * RUN
     start = max(0, _densest(spans, marked) - BEFORE)
+    start = next((first for _, first, _ in spans if first >= start), start) if start else 0
     end = min(len(text), start + LONGEST)
     pieces: Pieces = [["…", False]] if start else []
     for piece, match in _pieces(text, spans, marked, start, end):

@@ -35,7 +35,7 @@ OPTIONS = frozenset(
     {"options", "choices", "opa", "opb", "opc", "opd", "ending0", "ending1", "ending2", "ending3"}
 )
 ANSWERING = ("assistant", "gpt", "model", "function_call")
-_QUESTION = re.compile(r"[?？][\s\"'”’)）」』]*\Z")
+_CLOSERS = " \t\n\r\"'”’)）」』"
 _SEPARATORS = re.compile(r"[\s-]+")
 
 
@@ -129,7 +129,7 @@ def describe(row: dict[str, Any]) -> str:
 def _texts(value: Any, asks: bool, listed: bool = False) -> Iterator[Field]:
     if isinstance(value, str):
         if value.strip():
-            yield Field(value, not listed and (asks or bool(_QUESTION.search(value))), listed)
+            yield Field(value, not listed and (asks or value.rstrip(_CLOSERS).endswith(("?", "？"))), listed)
     elif isinstance(value, list):
         for item in value:
             if isinstance(item, dict) and (turn := _turn(item)) is not None:

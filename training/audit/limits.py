@@ -33,7 +33,7 @@ LONG = 40  # length from which runs of 8 and 13 words are counted
 
 # Share of a text's n-grams in one training row that makes it a leak: of a whole row, a question or a long text, and
 # (STRICT) of an answer or option shorter than STRICT_BELOW.
-SHARES = {"words 5": 0.6, "words 8": 0.5, "words 13": 0.5, "cjk 5": 0.55}
+SHARES = {"words 5": 0.58, "words 8": 0.5, "words 13": 0.5, "cjk 5": 0.55}
 STRICT = {"words 5": 0.85, "words 8": 0.7, "words 13": 0.7, "cjk 5": 0.85}
 STRICT_BELOW = 100
 

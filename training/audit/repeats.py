@@ -125,8 +125,11 @@ class Collected:
             yield band + 1
 
     def score(self, row: int, other: int) -> float:
-        """The true Jaccard of two rows' shingle sets."""
-        return jaccard(self._shingles(row), self._shingles(other))
+        """The true Jaccard of two rows' shingle sets, 0 where their sizes already keep it below the limit."""
+        left, right = self._shingles(row), self._shingles(other)
+        if min(len(left), len(right)) <= limits.JACCARD_LIMIT * max(len(left), len(right)):
+            return 0.0  # too different in size
+        return jaccard(left, right)
 
     def _shingles(self, row: int) -> np.ndarray:
         known = self._sets.get(row)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,23 +166,24 @@ def _scan(
     ranges: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     samples: dict[int, str] = {}
     events.progress(0, total, "B", phase="audit")
-    for done in chunks.run(work, files.paths, workers):
-        path = files.paths[done.file]
-        before = sum(sizes[: done.file])
-        at = before + min(max(at - before, 0) + done.size, sizes[done.file])
-        if done.rows:
-            samples.setdefault(done.file, done.sample)
-        if chunks.is_plain_jsonl(path):
-            ranges[str(path)].append((files.rows[done.file], done.start, done.end))
-        files.rows[done.file] += done.rows
-        if done.textless:
-            textless[str(path)] += done.textless
-        collected.add(done.hashes, done.bands, done.counts)
-        done.found["row"] += row
-        found.append(done.found)
-        hit = np.union1d(hit, done.tests)
-        row += done.rows
-        events.progress(at, total, "B", path.name, phase="audit")
+    with closing(chunks.run(work, files.paths, workers)) as results:
+        for done in results:
+            path = files.paths[done.file]
+            before = sum(sizes[: done.file])
+            at = before + min(max(at - before, 0) + done.size, sizes[done.file])
+            if done.rows:
+                samples.setdefault(done.file, done.sample)
+            if chunks.is_plain_jsonl(path):
+                ranges[str(path)].append((files.rows[done.file], done.start, done.end))
+            files.rows[done.file] += done.rows
+            if done.textless:
+                textless[str(path)] += done.textless
+            collected.add(done.hashes, done.bands, done.counts)
+            done.found["row"] += row
+            found.append(done.found)
+            hit = np.union1d(hit, done.tests)
+            row += done.rows
+            events.progress(at, total, "B", path.name, phase="audit")
     for number, path in enumerate(files.paths):
         if not files.rows[number]:
             raise BadDataError(f"{path} holds no rows", "is it empty?")
