@@ -1,8 +1,7 @@
 """A run in several processes of this machine, through accelerate. Called by `training.run`.
 
 The job's own process prepares the data, starts the workers (`training.worker`), passes their events on, and ends
-them when it is stopped. The workers read everything from the run folder, so that a launcher of one's own
-(`accelerate launch --config_file ... -m training.worker RUN`, for several machines) does the same.
+them when it is stopped. The workers read everything from the run folder.
 """
 
 from __future__ import annotations
