@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -254,7 +254,7 @@ def _perform(task: Task) -> Done:
     return perform(task, _work)
 
 
-def run(work: Work, paths: list[Path], workers: int) -> Iterator[Done]:
+def run(work: Work, paths: list[Path], workers: int) -> Generator[Done, None, None]:
     """Every task done, in order; in this process with `workers` 0. A few tasks at a time are under way."""
     if not workers:
         ready = work.ready()

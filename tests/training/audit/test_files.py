@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from engine.errors import BadDataError, BadInputError, TargetExistsError
+from engine.jobs import JobSpec, JobStore, cancel, launch
 from engine.jobs.events import EventWriter
 from training.audit import chunks, job
 from training.audit.report import audit_files, rows_to_drop
@@ -207,6 +208,22 @@ def test_a_broken_line_in_a_worker_is_the_same_error(planted: tuple[Path, Path],
     with pytest.raises(BadDataError, match=r"train\.jsonl, line 301"):
         audit_files([train], [test], EventWriter(), workers=1, scratch=tmp_path)
     assert not list(tmp_path.glob("medmerge-audit-*"))
+
+
+def test_a_cancelled_job_leaves_nothing(planted: tuple[Path, Path], tmp_path: Path) -> None:
+    train, test = planted
+    big = tmp_path / "big.jsonl"
+    big.write_bytes(train.read_bytes() * 600)
+    params = {"train": [str(big)], "test": [str(test)], "workers": 2, "clean": str(tmp_path / "clean")}
+    view = launch(JobSpec(kind="audit", target="training.audit.job:run", params=params), tmp_path / "jobs")
+    deadline = time.monotonic() + 60
+    while not list(view.folder.glob("medmerge-audit-*/words-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(view.folder.glob("medmerge-audit-*/words-*"))
+    assert cancel(view)
+    final = JobStore(tmp_path / "jobs").get(view.id)
+    assert (final.state, final.exit_code) == ("cancelled", 130)
+    assert not list(view.folder.glob("medmerge-audit-*")) and not list(tmp_path.glob("clean*"))
 
 
 def test_a_killed_audit_leaves_no_worker(planted: tuple[Path, Path], tmp_path: Path) -> None:
