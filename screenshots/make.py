@@ -87,7 +87,7 @@ def to_png(svg: Path) -> Path:
     png = svg.with_suffix(".png").absolute()
     with tempfile.TemporaryDirectory() as profile:
         page = Path(profile) / "page.html"
-        page.write_text(f"<style>body{{margin:0}}svg{{display:block}}</style>{text}", encoding="utf-8")
+        page.write_text(f"<meta charset=utf-8><style>body{{margin:0}}svg{{display:block}}</style>{text}", encoding="utf-8")
         command = [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
             "--force-device-scale-factor=2", "--virtual-time-budget=3000", "--run-all-compositor-stages-before-draw",

@@ -81,6 +81,7 @@ class TrainScreen(MedScreen):
         super().__init__()
         self._on_disk: tuple[TrainRun, ...] = ()
         self._read_for: object = None  # the overview for which runs were read last
+        self._read_once = False  # colours go by the order of all runs: none is given before they are known
         self._colours: dict[str, str] = {}
         self._overlay: dict[str, bool] = {}
         self._wanted = ""  # the run to select once it is in the list
@@ -105,6 +106,7 @@ class TrainScreen(MedScreen):
             yield SamplePreview(id="preview")
 
     def on_mount(self) -> None:
+        self._show_about()
         root = self.med.backend.root
         self.ask("presets", read_presets)
         self.ask("notes", lambda: remember.notes(root, "train"))
@@ -136,7 +138,7 @@ class TrainScreen(MedScreen):
         elif question == "notes":
             self._recall(value)
         elif question == "runs":
-            self._on_disk = value
+            self._on_disk, self._read_once = value, True
             self._draw()
         elif question == "preview":
             kind, view = value
@@ -144,6 +146,9 @@ class TrainScreen(MedScreen):
             self.query_one(SamplePreview).show_preview(view, kind)
 
     def refused(self, question: str, message: str, hint: str) -> bool:
+        if question == "runs":
+            self._read_once = True
+            self._draw()
         if question != "preview":
             return False
         self.query_one(SamplePreview).show_error(message, hint)
@@ -180,7 +185,7 @@ class TrainScreen(MedScreen):
     # ---- showing -------------------------------------------------------------------------------------------
 
     def _draw(self) -> None:
-        runs = views(self._on_disk, self.med.jobs, self.med.feeds)
+        runs = views(self._on_disk, self.med.jobs, self.med.feeds) if self._read_once else ()
         give_colours(self._colours, runs)
         for run in reversed(runs):  # a new run is in the plot; of those from before, the newest few
             if run.key not in self._overlay and run.curves:
@@ -265,18 +270,24 @@ class TrainScreen(MedScreen):
         words = audit_words(self._audit, box.size.width or 38, bool(form.tests), bool(form.data))
         box.update(words)
         self._make_room(len(words.wrap(max(10, box.size.width or 38))))
-        about = form.about()
-        hint = Content.assemble(
-            ("f", "bold $primary"),
-            (" changes settings   ", "$faint"),
-            ("c", "bold $primary"),
-            (" as command", "$faint"),
+
+    def _show_about(self) -> None:
+        """What the setting with the focus does."""
+        about, key = self.form.about(), "bold $primary"
+        words = [("f", key), (" changes settings   ", "$faint"), ("c", key), (" as command", "$faint")]
+        self.query_one("#about", Static).update(
+            Content.styled(about, "$faint") if about else Content.assemble(*words)
         )
-        self.query_one("#about", Static).update(Content.styled(about, "$faint") if about else hint)
+
+    def on_descendant_focus(self) -> None:
+        self._show_about()
+
+    def on_descendant_blur(self) -> None:
+        self._show_about()
 
     def _make_room(self, audit_lines: int) -> None:
         """The form is as high as its settings, and scrolls where the lines below it need the room."""
-        below = audit_lines + 1 + (0 if self.has_class("-short") else 3)
+        below = audit_lines + (1 if self.has_class("-short") else 2) + (0 if self.has_class("-short") else 3)
         self.form.styles.max_height = max(6, self.query_one("#side").size.height - below)
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:

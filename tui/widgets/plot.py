@@ -181,7 +181,8 @@ class PlotPanel(Vertical):
         ]
         room = self.size.width or 80
         for number, entry in enumerate(legend):
-            if number and head.cell_length + entry.cell_length + 6 > room:
+            counted = 0 if number == len(legend) - 1 else 5  # "   +2" must still have room
+            if number and head.cell_length + 3 + entry.cell_length + counted > room:
                 return head + Content.styled(f"   +{len(legend) - number}", "$faint")
             head += Content("   ") + entry
         return head
