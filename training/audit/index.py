@@ -43,10 +43,6 @@ class Postings:
     overall: np.ndarray
     maybe: np.ndarray
 
-    def places(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(which of `hashes` are in the index, where in the index they are)."""
-        return lookup(hashes, self.hashes, self.maybe)
-
 
 @dataclass(frozen=True)
 class TestIndex:
@@ -240,10 +236,14 @@ def table(hashes: np.ndarray) -> np.ndarray:
     return out
 
 
+def possible(wanted: np.ndarray, maybe: np.ndarray) -> np.ndarray:
+    """Indices of the hashes that the quick table does not rule out."""
+    return np.flatnonzero(maybe[wanted >> np.uint64(65 - len(maybe).bit_length())])
+
+
 def lookup(wanted: np.ndarray, known: np.ndarray, maybe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(indices into `wanted` of what is in `known`, their indices in `known`, which is sorted)."""
-    shift = np.uint64(64 - (len(maybe).bit_length() - 1))
-    likely = np.flatnonzero(maybe[wanted >> shift])
+    likely = possible(wanted, maybe)
     if not len(likely) or not len(known):
         return likely[:0], likely[:0]
     values = wanted[likely]
@@ -286,6 +286,9 @@ def _postings(
     rare = texts <= limits.RARE
     indexed = counts <= limits.LOOKED_UP if n == limits.SHINGLE else rare
     owners, was_rare = owners[np.repeat(indexed, counts)], np.repeat(rare, counts)[np.repeat(indexed, counts)]
+    maybe = table(
+        distinct
+    )  # of all, the common ones too: where no 5-gram of a test text is, no longer one is
     distinct, counts, rare = distinct[indexed], counts[indexed], rare[indexed]
     sizes = np.bincount(owners[was_rare], minlength=len(lengths)).astype(np.int32)
     shared = np.bincount(owners, minlength=len(lengths))
@@ -299,6 +302,6 @@ def _postings(
         sizes=sizes,
         needed=needed,
         overall=overall,
-        maybe=table(distinct),
+        maybe=maybe,
     )
     return postings, shared

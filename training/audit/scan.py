@@ -13,7 +13,7 @@ import numpy as np
 from training.audit import limits
 from training.audit.fields import Reading, fields, source_ids
 from training.audit.grams import Sequences, common_count, jaccard, shingles
-from training.audit.index import Postings, TestIndex, lookup
+from training.audit.index import Postings, TestIndex, lookup, possible
 from training.audit.text import Words, encode
 
 EXACT, NEAR, WORDS_8, WORDS_13, WORDS_5, CJK_5, SOURCE = range(7)
@@ -67,8 +67,9 @@ def matches(batch: Batch, index: TestIndex) -> tuple[np.ndarray, np.ndarray]:
     array holds all of them.
     """
     parts = [_exact(batch, index), _by_id(batch, index)]
+    starts = possible(batch.sequences.ngrams(limits.SHINGLE), index.postings[0].maybe)
     for posting in index.postings:
-        parts += _contained(batch, index, posting)
+        parts += _contained(batch, index, posting, starts)
     found = np.concatenate(parts)
     if not len(found):
         return found, np.empty(0, dtype=np.int32)
@@ -125,9 +126,14 @@ def _by_id(batch: Batch, index: TestIndex) -> np.ndarray:
     return _records(rows, tests, SOURCE, 1.0)
 
 
-def _contained(batch: Batch, index: TestIndex, posting: Postings) -> list[np.ndarray]:
-    """Units of which a row holds enough n-grams; for 5-grams also the near duplicates among them."""
-    wanted, places = posting.places(batch.sequences.ngrams(posting.n))
+def _contained(batch: Batch, index: TestIndex, posting: Postings, starts: np.ndarray) -> list[np.ndarray]:
+    """Units of which a row holds enough n-grams; for 5-grams also the near duplicates among them.
+
+    `starts`: the words at which a 5-gram of a test text may begin. Longer ones begin nowhere else.
+    """
+    starts = starts[starts + posting.n <= batch.sequences.count]
+    found, places = lookup(batch.sequences.runs(starts, starts + posting.n), posting.hashes, posting.maybe)
+    wanted = starts[found]
     rows = np.searchsorted(batch.starts, wanted, side="right") - 1
     within = wanted + posting.n <= batch.starts[rows + 1]
     rows, places = rows[within], places[within]
