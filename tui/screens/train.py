@@ -84,6 +84,7 @@ class TrainScreen(MedScreen):
         self._read_once = False  # colours go by the order of all runs: none is given before they are known
         self._colours: dict[str, str] = {}
         self._overlay: dict[str, bool] = {}
+        self._smoothed: dict[str, tuple[Points, float, Points]] = {}
         self._wanted = ""  # the run to select once it is in the list
         self._log = False
         self._smoothing = "light"
@@ -240,10 +241,17 @@ class TrainScreen(MedScreen):
         if held_out:
             found.append(Series("held out", held_out, colour, marker="●", line=False, named=on_top))
         if loss:
-            found.insert(0, Series(run.name, smooth(loss, keep) if keep else loss, colour))
+            found.insert(0, Series(run.name, self._smooth(run.key, loss, keep) if keep else loss, colour))
             if keep and on_top:
                 found.append(Series(run.name, loss, colour, faded=True, named=False))
         return found
+
+    def _smooth(self, key: str, loss: Points, keep: float) -> Points:
+        """The mean of a loss; that of a curve which did not change is not computed again."""
+        kept = self._smoothed.get(key)
+        if kept is None or kept[0] is not loss or kept[1] != keep:
+            kept = self._smoothed[key] = (loss, keep, smooth(loss, keep))
+        return kept[2]
 
     def _empty(self) -> Content:
         if self.selected and self.selected.live:

@@ -22,13 +22,13 @@ from textual_plot import HiResMode, NumericAxisFormatter, PlotWidget
 from tui.safe_text import plain
 from tui.text import cut
 
-MOST_POINTS = 1200  # of a curve that are drawn; longer ones are thinned to what a screen can show
+MOST_POINTS = 600  # of a curve that are drawn; longer ones are thinned to what a screen can show
 LEGEND_NAME = 24  # cells
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `style` is a theme variable without $ ("pt"); `faded` draws it weaker (the noise behind a mean);
+    """One curve. `style` is a theme variable without $ ("pt"); `faded` draws weak dots (what was measured, behind its mean);
     `marker` draws points with that character, besides the line or (without `line`) alone."""
 
     name: str
@@ -191,7 +191,11 @@ class PlotPanel(Vertical):
         style = self._rich(one)
         points = thinned(one.points)
         lonely: list[tuple[float, float]] = []
-        if one.line:
+        if one.faded:
+            dots = [(x, y) for x, y in points if math.isfinite(y)]
+            xs, ys = [x for x, _ in dots], [y for _, y in dots]
+            plot.scatter(xs, ys, marker_style=style, hires_mode=HiResMode.BRAILLE)
+        elif one.line:
             for start, end in _pieces(points):
                 piece = points[start:end]
                 if len(piece) == 1:
@@ -211,7 +215,7 @@ class PlotPanel(Vertical):
         variables = self.app.theme_variables
         color = Color.parse(variables.get(one.style, variables["primary"]))
         if one.faded:
-            color = color.blend(Color.parse(variables["background"]), 0.65)
+            color = color.blend(Color.parse(variables["background"]), 0.5)
         return color.hex6
 
 
