@@ -28,7 +28,7 @@ LEGEND_NAME = 24  # cells
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `style` is a theme variable without $ ("pt"); `faded` draws weak dots (what was measured, behind its mean);
+    """One curve. `style` is a theme variable without $ ("pt"); `faded` draws weak dots (what lies behind a mean);
     `marker` draws points with that character, besides the line or (without `line`) alone."""
 
     name: str
