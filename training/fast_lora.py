@@ -1,26 +1,19 @@
-"""LoRA layers, output layer and memory for training on a CPU: the same mathematics in fewer passes.
+"""LoRA layers in fewer passes, and memory that is kept, for training on a CPU. `training.model` calls both.
 
-`training.model` calls `keep_memory` and `use` once the model is built, `training.trainer` calls `summed_loss`.
-Each changes nothing but speed: PEFT's modules, parameters and state dict stay as they are, random numbers are
-drawn by PEFT's own dropout layers, and whatever does not fit (a GPU, quantised or trained base weights, several
-adapters, DoRA, autocast) goes the usual way. Measured by `python -m benchmarks.train`.
+The mathematics is PEFT's; modules, parameters and state dict stay as they are, random numbers are drawn by PEFT's own
+dropout layers, and whatever does not fit (a GPU, quantised or trained base weights, several adapters, DoRA, autocast)
+goes the usual way. Measured by `python -m benchmarks.train`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from training.attention import MODEL_TYPES
-from training.masking import IGNORE
-
-_CHUNK = 1 << 23  # logits held at a time
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -112,82 +105,3 @@ def use(model: Any) -> int:
             module.forward = types.MethodType(_forward, module)
             count += 1
     return count
-
-
-class SummedLoss(torch.autograd.Function):
-    """sum over rows of -log softmax(h W^T)[target], rows with target IGNORE left out.
-
-    h: (rows, hidden); W: (words, hidden), frozen; target: int64 (rows). Logits exist for a few rows at a time, and
-    the gradient (softmax - one-hot) W is made while they do: nothing of size rows x words is kept or made twice.
-    The softmax is in float32 at least.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, target: Any) -> torch.Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
-        size = max(16, _CHUNK // weight.shape[0])
-        for start in range(0, hidden.shape[0], size):
-            part, labels = hidden[start : start + size], target[start : start + size]
-            trained = (labels != IGNORE).unsqueeze(1)
-            labels = labels.clamp(min=0).unsqueeze(1)
-            logs = torch.log_softmax((part @ weight.T).to(wide), dim=1)
-            total -= (logs.gather(1, labels) * trained).sum()
-            if gradient is not None:
-                chances = logs.exp_()
-                chances.scatter_add_(1, labels, chances.new_full(labels.shape, -1.0))
-                if not bool(trained.all()):
-                    chances *= trained
-                torch.mm(chances.to(weight.dtype), weight, out=gradient[start : start + size])
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
-
-
-def _plain_head(model: Any) -> Any:
-    """The output layer, if a loss may be computed from its input and weight alone; else None."""
-    inner = getattr(model, "module", model)  # DDP
-    if not hasattr(inner, "get_base_model"):
-        return None
-    base = inner.get_base_model()
-    head = base.get_output_embeddings()
-    fits = (
-        type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
-        and base.config.model_type in MODEL_TYPES and head.weight.device.type == "cpu"
-        and tuple(head.weight.shape) == (head.out_features, head.in_features)  # FSDP flattens it
-        and not torch.is_autocast_enabled("cpu")
-    )  # fmt: skip
-    return head if fits else None
-
-
-@contextlib.contextmanager
-def _headless(head: torch.nn.Linear) -> Iterator[None]:
-    """The output layer passes on what it gets: the model returns hidden states where its logits would stand."""
-    head.forward = lambda hidden: hidden  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def summed_loss(model: Any, inputs: dict[str, Any], target: torch.Tensor) -> torch.Tensor:
-    """sum of -log p(target) in nats; float32 or wider.
-
-    inputs: what the model is called with, `logits_to_keep` included; target: int64 (batch, kept positions), IGNORE
-    where there is no loss. The model (also in DDP) is called as usual; only its output layer may be left to
-    `SummedLoss`.
-    """
-    head = _plain_head(model)
-    if head is None:
-        logits = model(**inputs).logits.float()
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE, reduction="sum")
-    with _headless(head):
-        hidden = model(**inputs).logits
-    return SummedLoss.apply(hidden.flatten(0, 1), head.weight, target.flatten())

@@ -88,6 +88,24 @@ def test_per_document_gradients_equal_the_masked_ones(tiny_qwen3: Path) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
 
 
+def test_per_document_attention_of_bfloat16_is_as_near_to_exact_as_torchs() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 29, 16).bfloat16() for heads in (4, 2, 2))
+    positions = torch.tensor([[*range(12), *range(17)]])
+    outcomes = []
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+        found, _ = attention.per_document_attention(
+            torch.nn.Module(), *inputs, None, scaling=0.25, position_ids=positions
+        )
+        assert found.dtype == dtype
+        outcomes.append([found, *torch.autograd.grad(found.sum(), inputs)])
+    for exact, rounded in zip(
+        *outcomes, strict=True
+    ):  # rounded once, at the end: half a unit of 2^-8 and the sums
+        torch.testing.assert_close(rounded.double(), exact, rtol=2**-8, atol=2**-8)
+
+
 def test_sliding_windows_and_gpus_keep_the_stock_attention(tiny_qwen3: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_qwen3)
     assert attention.choose(config, "cuda", 64) == "sdpa"
