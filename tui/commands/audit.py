@@ -15,6 +15,14 @@ from tui.commands.common import Commands, command_line, existing_path, run_job, 
 from tui.safe_text import plain
 
 SHOWN = 20
+COLUMNS = {
+    "near_duplicate": "near",
+    "containment_5": "5 words",
+    "containment_8": "8 words",
+    "containment_13": "13 words",
+    "containment_cjk_5": "5 chars",
+    "source_id": "id",
+}
 NARROW = 60  # columns; below it the two texts of an example stand one under the other
 
 
@@ -110,7 +118,8 @@ def render(result: dict[str, Any]) -> str:
 
 def _pairs(pairs: list[dict[str, Any]]) -> str:
     detectors = [name for name in pairs[0]["detectors"] if any(pair["detectors"][name] for pair in pairs)]
-    headers = ["training file", "rows", "test file", "rows", "leaking", "test rows", *detectors]
+    headers = ["training file", "rows", "test file", "rows", "leaking", "test rows"]
+    headers += [COLUMNS.get(name, name) for name in detectors]
     rows = [
         [
             Path(pair["train_file"]).name,
