@@ -36,7 +36,8 @@ def test_table_examples_json_and_exit_codes(
     shown = capsys.readouterr().out
     assert "LEAKS: 1 training rows hold 1 test rows" in shown and "\x1b" not in shown
     assert "train.jsonl row 1" in shown and "test.jsonl row 0" in shown and "«" in shown
-    assert "1 rows kept, 1 dropped" in shown and max(map(len, shown.splitlines())) <= 110
+    assert "1 rows kept, 1 dropped" in shown
+    assert all(len(line) <= 100 for line in shown.splitlines() if not line.startswith("cleaned: "))
     assert main([*common, "--test", str(clean), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["leaks"] == [] and document["counts"]["rows"] == {str(train): 2, str(clean): 1}
