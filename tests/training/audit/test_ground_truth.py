@@ -98,7 +98,10 @@ def test_real_questions_among_real_answers(corpus: ModuleType) -> None:
 @pytest.mark.shared_data
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
 def test_real_chinese_questions(corpus: ModuleType) -> None:
-    """CMExam: questions of 24 characters or more (shorter ones: docs/audit.md) planted among others. Those that are nearly the same as published are no false alarms."""
+    """CMExam: questions of 24 characters or more (shorter ones: docs/audit.md) planted among others.
+
+    Those that are nearly the same as published are no false alarms.
+    """
     pytest.importorskip("fastexcel")
     from training.data.rows import read_rows
 
