@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 WORKSPACE ?= demo-workspace
+WORKERS ?= 2
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: demo test check lint types imports screenshots mergekit clean
+.PHONY: demo test check lint types imports screenshots mergekit trl clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard engine/merge/*/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -24,8 +25,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard engine/merge/*/*.[
 demo: $(VENV)/.installed  ## the app, on a real 135M model with two trained adapters
 	@$(BIN)/medmerge-tui --demo --workspace $(WORKSPACE)
 
-test: $(VENV)/.installed  ## every test
-	@$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## every test, in WORKERS processes
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .
@@ -50,5 +51,13 @@ mergekit: .venv-mergekit/.installed  ## mergekit in an environment of its own, f
 	@.venv-mergekit/bin/python -m pip install --disable-pip-version-check -q -r benchmarks/peers/mergekit.txt
 	@touch $@
 
+trl: .venv-trl/.installed  ## TRL in an environment of its own, for the training benchmark
+
+.venv-trl/.installed: benchmarks/peers/trl.txt
+	@test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	@.venv-trl/bin/python -m pip install --disable-pip-version-check -q torch==2.13.0
+	@.venv-trl/bin/python -m pip install --disable-pip-version-check -q -r benchmarks/peers/trl.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-mergekit .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-mergekit .venv-trl .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

@@ -92,6 +92,8 @@ def lora_model(config: TrainConfig) -> tuple[Any, How]:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from training import fast_lora
+
     cuda = torch.cuda.is_available()
     dtype = base_dtype(config, cuda)
     quantization = _quantization(config, cuda)
@@ -123,5 +125,8 @@ def lora_model(config: TrainConfig) -> tuple[Any, How]:
         model = get_peft_model(model, adapter)
     except ValueError as error:
         raise BadRecipeError(f"targets {list(config.targets)} do not fit {config.base}: {error}") from error
+    if not cuda:
+        fast_lora.keep_memory()
+        fast_lora.use(model)
     device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
     return model, How(device, kind, str(dtype).removeprefix("torch."), config.quantization)
