@@ -39,10 +39,20 @@ def add_parser(commands: Commands) -> None:
     )
     formats = "text, JSON lines, JSON, CSV, Parquet, xlsx, .gz, or a folder of them"
     parser.add_argument(
-        "--train", nargs="+", required=True, metavar="FILE", help=f"training data ({formats})"
+        "--train",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help=f"training data ({formats})",
     )
     parser.add_argument(
-        "--test", nargs="+", default=[], metavar="FILE", help="test sets, in the same formats"
+        "--test",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="test sets, in the same formats",
     )
     parser.add_argument(
         "--column",

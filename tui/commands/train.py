@@ -43,8 +43,10 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--preset", choices=tuple(settings.PRESETS), help="settings to start from")
     parser.add_argument("--base", metavar="DIR", help="the base model's folder")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="training data")
-    parser.add_argument("--test", nargs="+", metavar="FILE", help="test sets to audit the data against")
+    parser.add_argument("--data", nargs="+", action="extend", metavar="FILE", help="training data")
+    parser.add_argument(
+        "--test", nargs="+", action="extend", metavar="FILE", help="test sets to audit against"
+    )
     parser.add_argument(
         "--template", metavar="NAME", help="chat template of an sft run; default the model's own"
     )
