@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def test_shortened_samples_are_counted_and_said(settings: Settings, sft_file: Pa
 def test_when_every_label_is_masked_the_first_sample_says_why(
     settings: Settings, sft_file: Path, tmp_path: Path
 ) -> None:
-    sft_file.write_text('{"instruction": "%s", "output": "%s"}\n' % ("word " * 4000, "b " * 60))
+    row = {"instruction": "word " * 4000, "output": "b " * 60}
+    sft_file.write_text(json.dumps(row) + "\n")
     with pytest.raises(
         BadDataError, match=r"no row of sft\.jsonl leaves a token to train on; the first: .*line 1: .*cutoff"
     ):

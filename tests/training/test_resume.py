@@ -80,7 +80,7 @@ def same(left: TrainConfig, right: TrainConfig) -> None:
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(
     settings: Settings, sft_file: Path, tmp_path: Path
 ) -> None:
-    """kill -9 while it encodes, before the first checkpoint, between and while writing them; then resumed to the end."""
+    """kill -9 while it encodes, before the first checkpoint, between and while writing them; then to the end."""
     whole = settings("sft", sft_file, output=str(tmp_path / "whole"), **LIVELY)
     train(whole, tmp_path / "run-whole", EventWriter())
     broken = settings("sft", sft_file, output=str(tmp_path / "broken"), **LIVELY)
