@@ -63,7 +63,9 @@ async def test_the_base_an_adapter_was_trained_on_is_said() -> None:
         app = MedmergeApp(FakeBackend(replace(FULL, adapters=(row,))), CHOSEN)
         async with app.run_test(size=(120, 36)) as pilot:
             await show(pilot, "adapters")
-            await until(pilot, lambda app=app, words=words: words in " ".join(text_of(app, "#detail").split()))
+            await until(
+                pilot, lambda app=app, words=words: words in " ".join(text_of(app, "#detail").split())
+            )
             assert "none: trained on plain text" in text_of(app, "#detail")
 
 
