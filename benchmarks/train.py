@@ -9,8 +9,8 @@ Ours is the real entry, `training.run.train`, on the shipped MedQuAD rows; its b
 the same rank, learning rate, seed and dtype, so the losses can be compared. Both keep their activations (no
 checkpointing). TRL's precision is what it chooses by itself for bfloat16 (autocast), and plain float32. Every row
 is a process of its own; rounds of a group's rows follow each other, so rows of a group share what else the machine
-does. Tokens are real ones, padding is not counted; the first steps (warm-up) are left out of the speed.
-On a GPU a random Qwen3-shaped model in bfloat16 is measured as well.
+does. On a busy machine set OMP_NUM_THREADS=1 and read tokens per CPU second (waiting threads count as busy ones).
+Tokens are real ones, padding is not counted; the first steps (warm-up) are left out of the speed. On a GPU a random Qwen3-shaped model in bfloat16 is measured as well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ QWEN3 = {
     "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
 _OURS = """
-    import json, sys
+    import json, sys, time
     from pathlib import Path
     import training.trainer as trainer
     from engine.jobs.events import EventWriter
@@ -50,15 +50,21 @@ _OURS = """
         return plain(model, batch)
     if task["record"]:
         trainer.token_loss = recording
-    events = EventWriter()
+    class Clock(EventWriter):
+        cpu = []
+        def metric(self, step, **values):
+            if "loss" in values:
+                self.cpu.append(time.process_time())
+            super().metric(step, **values)
+    events = Clock()
     result = train(from_mapping(task["config"]), Path(task["run"]), events)
     if task["record"]:
         Path(task["record"]).write_text(json.dumps(seen))
     points = [event.data for event in events.kept if event.type == "metric" and "loss" in event.data]
     steps, before = [], 0
-    for point in points:
+    for point, cpu in zip(points, events.cpu, strict=True):
         made, before = point["tokens"] - before, point["tokens"]
-        steps.append({"tokens": made, "seconds": made / point["tok_s"], "loss": point["loss"]})
+        steps.append({"tokens": made, "seconds": made / point["tok_s"], "loss": point["loss"], "cpu": cpu})
     print("RESULT", json.dumps({"steps": steps, "tokens": result["tokens"]}))
 """
 _TRL = """
@@ -88,6 +94,7 @@ _TRL = """
                 now = time.perf_counter()
                 steps.append({
                     "tokens": logs["num_tokens"] - self.tokens, "seconds": now - self.last, "loss": logs["loss"],
+                    "cpu": time.process_time(),
                 })
                 self.last, self.tokens = now, logs["num_tokens"]
     args = SFTConfig(
@@ -141,6 +148,7 @@ class Row:
     code: str
     task: dict[str, Any]
     rates: list[float] = field(default_factory=list)
+    efforts: list[float] = field(default_factory=list)  # tokens per CPU second
     losses: list[float] = field(default_factory=list)
     peak: float = 0.0
     padding: float = 0.0
@@ -152,10 +160,14 @@ class Row:
         task["config"] = {**self.task["config"], "output": str(turn / "adapter")}
         said, self.peak = process(self.python, self.code, [json.dumps(task)])
         steps, tokens = said["steps"], said["tokens"]
-        timed = steps[min(WARM_UP, len(steps) - 1) :]
+        skipped = min(WARM_UP, len(steps) - 1)
+        timed = steps[skipped:]
         if tokens.get("padding"):
             self.padding = tokens["padding"] / (tokens["padding"] + tokens["processed"])
         self.rates.append(sum(step["tokens"] for step in timed) / sum(step["seconds"] for step in timed))
+        if skipped:  # a step's CPU time needs the step before it
+            made = sum(step["tokens"] for step in timed)
+            self.efforts.append(made / (steps[-1]["cpu"] - steps[skipped - 1]["cpu"]))
         self.losses = [step["loss"] for step in steps]
 
 
@@ -264,12 +276,17 @@ def table(rounds: list[list[Row]]) -> None:
         f"{torch.__version__}, transformers {transformers.__version__}; medians of {len(rounds[0][0].rates)} rounds; "
         "ratio: the first row of its group over this one, median of the rounds' ratios"
     )
-    print(f"{'':34} {'tok/s':>7} {'ratio':>6} {'loss':>7} {'first':>7} {'padding':>8} {'peak MB':>8}")
+    print(
+        f"{'':34} {'tok/s':>7} {'ratio':>6} {'tok/CPU s':>10} {'ratio':>6} "
+        f"{'loss':>7} {'first':>7} {'padding':>8} {'peak MB':>8}"
+    )
     for group in rounds:
         for row in group:
             ratio = statistics.median(a / b for a, b in zip(group[0].rates, row.rates, strict=True))
+            effort = statistics.median(a / b for a, b in zip(group[0].efforts, row.efforts, strict=True))
             print(
                 f"{row.name:34} {statistics.median(row.rates):7.0f} {ratio:6.2f} "
+                f"{statistics.median(row.efforts):10.0f} {effort:6.2f} "
                 f"{statistics.fmean(row.losses):7.4f} {row.losses[0]:7.4f} {row.padding:8.1%} {row.peak:8.0f}"
             )
 
