@@ -10,7 +10,8 @@ the same rank, learning rate, seed and dtype, so the losses can be compared. Bot
 checkpointing). TRL's precision is what it chooses by itself for bfloat16 (autocast), and plain float32. Every row
 is a process of its own; rounds of a group's rows follow each other, so rows of a group share what else the machine
 does. On a busy machine set OMP_NUM_THREADS=1 and read tokens per CPU second (waiting threads count as busy ones).
-Tokens are real ones, padding is not counted; the first steps (warm-up) are left out of the speed. On a GPU a random Qwen3-shaped model in bfloat16 is measured as well.
+Tokens are real ones, padding is not counted; the first steps (warm-up) are left out of the speed. On a GPU a
+random Qwen3-shaped model in bfloat16 is measured as well.
 """
 
 from __future__ import annotations
