@@ -15,6 +15,7 @@ from training.config import TrainConfig
 
 FORMAT = "medmerge.training/1"
 MANIFEST = "training.json"
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's: a rounding there is a factor on a whole row of the weights
 _PLACES = ("base", "data", "eval_data", "tests", "output", "dataset_info", "notes")
 
 
@@ -27,10 +28,12 @@ def base_identity(folder: Path) -> dict[str, Any]:
 
 
 def settings_for_manifest(config: TrainConfig) -> dict[str, Any]:
-    """All settings but the paths, which say nothing on another machine; weights of sources by file name."""
+    """All settings; of paths only the names, since the rest says nothing on another machine."""
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in _PLACES}
-    weights = {Path(source.path).name: source.weight for source in config.data if source.weight != 1}
-    return {**values, **({"weights": weights} if weights else {})}
+    for key in ("data", "eval_data"):
+        sources = getattr(config, key)
+        values[key] = [{**dataclasses.asdict(source), "path": Path(source.path).name} for source in sources]
+    return values
 
 
 def curve_of(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -45,7 +48,8 @@ def curve_of(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def save_adapter(trainer: Any, manifest: dict[str, Any], output: Path, base_name: str) -> None:
-    """Write a PEFT folder: adapter_model.safetensors (bfloat16), adapter_config.json, training.json.
+    """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, training.json. The weights are bfloat16,
+    DoRA's magnitudes float32.
 
     Called by every process; the first one writes. (Under FSDP the weights are gathered from all.)
     """
@@ -58,7 +62,7 @@ def save_adapter(trainer: Any, manifest: dict[str, Any], output: Path, base_name
     if not trainer.is_world_process_zero():
         return
     state = {
-        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        name: tensor.detach().to("cpu", torch.float32 if MAGNITUDE in name else torch.bfloat16).contiguous()
         for name, tensor in sorted(get_peft_model_state_dict(model, whole).items())
     }
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]

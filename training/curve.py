@@ -32,9 +32,14 @@ class CurveFile:
         except OSError:
             self._torn = True
 
-    def rewind(self, step: int) -> None:
-        """Keep the points up to `step`, an evaluation at `step` itself aside: it is measured again."""
-        kept = [p for p in read(self.path) if p["step"] < step or (p["step"] == step and "loss" in p)]
+    def rewind(self, step: int, measured: bool) -> None:
+        """Keep the points up to `step`; an evaluation at `step` itself only if it is `measured`, as the checkpoint
+        says: else it is measured again."""
+        kept = [
+            p
+            for p in read(self.path)
+            if p["step"] < step or (p["step"] == step and ("loss" in p or measured))
+        ]
         write_text(self.path, "".join(json.dumps(point) + "\n" for point in kept))
 
 

@@ -25,9 +25,19 @@ from engine.atomic import write_json
 from engine.claim import claim
 from engine.errors import BadInputError, BadRecipeError
 from engine.jobs.events import EventWriter
-from training.artifact import MANIFEST
+from training.artifact import MANIFEST, settings_for_manifest
 from training.config import TrainConfig, from_mapping
-from training.run import RUN_FILE, TOKENS, _open_run, read_inputs, run_fit, same_inputs
+from training.prepare import prepare
+from training.run import (
+    RUN_FILE,
+    TOKENS,
+    begin_run,
+    check_output,
+    open_run,
+    read_inputs,
+    run_fit,
+    same_inputs,
+)
 
 TABLE = "fewshot.json"
 PLAN = "plan.json"
@@ -62,25 +72,37 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
         params = {**params, **read_plan(run_folder)}
     config = from_mapping(dict(params["config"]), "few-shot job")
     runs = plan(config, run_folder, [int(count) for count in params["shots"]], int(params["seeds"]))
+    if not resume:
+        for settings, _ in runs:
+            check_output(Path(settings.output), run_folder)
     with claim(run_folder):
-        _open_run(config, run_folder, resume)
+        if not resume:
+            if run_folder.exists() and any(run_folder.iterdir()):
+                raise BadInputError(
+                    f"{run_folder} holds a run already", "resume it, or choose another output"
+                )
+            run_folder.mkdir(parents=True, exist_ok=True)
         kept = {"config": params["config"], "shots": params["shots"], "seeds": params["seeds"]}
         write_json(run_folder / PLAN, kept)
+        if not (run_folder / RUN_FILE).exists():
+            begin_run(config, run_folder)
         try:
             inputs = read_inputs(config, run_folder, events)
             same_inputs(run_folder, inputs.story)
+            # The largest number of shots decides whether there are samples enough, before anything is trained.
+            prepare(runs[-1][0], inputs.tokenizer, run_folder / TOKENS, events, inputs.drop, inputs.files)
             rows = []
             for number, (settings, folder) in enumerate(runs):
-                row = finished(settings)
+                row = finished(settings, inputs.story)
                 if row is None:
                     events.log(
                         f"run {number + 1} of {len(runs)}: {settings.shots} shots, seed {settings.shots_seed}"
                     )
                     again = (folder / RUN_FILE).exists()
                     if not again:
-                        _open_run(settings, folder, False)
+                        open_run(settings, folder, False)
                     run_fit(settings, folder, run_folder / TOKENS, inputs, events, again, keep_tokens=True)
-                    row = finished(settings)
+                    row = finished(settings, inputs.story)
                     assert row is not None
                 rows.append(row)
                 events.row(**row)
@@ -104,7 +126,7 @@ def read_plan(run_folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def finished(settings: TrainConfig) -> dict[str, Any] | None:
+def finished(settings: TrainConfig, story: dict[str, Any]) -> dict[str, Any] | None:
     """The row of a run whose adapter is there, from its manifest; None when it is not.
 
     Raises BadInputError when another adapter stands in its place.
@@ -114,8 +136,10 @@ def finished(settings: TrainConfig) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        said = manifest["settings"]
-        same = said["shots"] == settings.shots and said["shots_seed"] == settings.shots_seed
+        expected = json.loads(json.dumps(settings_for_manifest(settings)))
+        same = manifest["settings"] == expected and all(
+            manifest[key] == story[key] for key in ("base", "data")
+        )
         final = manifest["final"]
         first = [point["eval_loss"] for point in manifest["curve"] if "eval_loss" in point][:1]
     except (OSError, ValueError, KeyError, TypeError):

@@ -84,6 +84,7 @@ def fit(
             order=EpochOrder(data, run_seed),
             keep=config.keep_checkpoints,
             after_step=reporter.after_step,
+            rewind=reporter.rewind,
             model=model,
             args=args,
             callbacks=[reporter],
@@ -188,7 +189,7 @@ def memory_advice(config: TrainConfig) -> str:
 def steps_of(config: TrainConfig, blocks: int) -> int:
     """Optimizer steps: every epoch ends with a step, be it of fewer blocks."""
     batches = math.ceil(blocks / config.batch_size)
-    return config.max_steps or math.ceil(math.ceil(batches / config.accumulation) * config.epochs)
+    return config.max_steps or math.ceil(round(math.ceil(batches / config.accumulation) * config.epochs, 6))
 
 
 def arguments(config: TrainConfig, steps: int, run_folder: Path) -> Any:

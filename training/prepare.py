@@ -116,7 +116,7 @@ def fingerprint(config: TrainConfig, encoder: Encoder, data: list[DataFile], dro
     tokenizer = Path(config.base) / "tokenizer.json"
     spelled = tokenizer.read_bytes() if tokenizer.is_file() else b""
     return {
-        "format": "medmerge.tokens/1",
+        "format": "medmerge.tokens/2",
         "kind": config.kind,
         "template": templates.describe(encoder.template)["sha256"] if encoder.template else "",
         "cutoff": config.cutoff if config.kind == "sft" else 0,
@@ -269,6 +269,8 @@ def arrange(config: TrainConfig, store: TokenStore, data: list[DataFile]) -> Pre
         chosen = held_out_keys(store.keys[~evaluation], wanted, config.seed)
         held |= np.array([key.tobytes() in chosen for key in store.keys])
     training = np.flatnonzero(~held & (store.copies > 0))
+    if counts["eval_documents"]:
+        counts["eval_overlap"] = int(np.isin(store.keys[evaluation], store.keys[training]).sum())
     if config.shots:
         training = _shots(store, training, config)
     most = int(store.copies[training].max(initial=0))
@@ -282,7 +284,7 @@ def arrange(config: TrainConfig, store: TokenStore, data: list[DataFile]) -> Pre
         "held_out_documents": int(held.sum()),
         "blocks": len(blocks),
         "tokens": int(store.lengths[order].sum()),
-        "trained_tokens": int(store.trained(order).sum()) - _lost_at_borders(config, blocks, len(order)),
+        "trained_tokens": int(store.loss[order].sum()) - _lost_at_borders(config, blocks, len(order)),
     }
     return Prepared(blocks, held_blocks, data, counts)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from engine.atomic import write_json
+from engine.atomic import start_time, write_json
 from engine.errors import BadInputError, BadRecipeError, CancelledError, ChildFailedError, MedmergeError
 from engine.jobs.events import Event, EventTail, EventWriter
 from training.config import TrainConfig
@@ -31,14 +31,17 @@ GRACE_SECONDS = 60.0  # workers end their step and save it
 
 
 def wanted(config: TrainConfig) -> int:
-    """How many processes the run takes: what is asked, else one for each visible GPU, else one.
+    """How many processes the run takes: what is asked, else one for each visible GPU (as far as they can share the
+    accumulation evenly), else one.
 
-    Raises BadRecipeError for more processes than GPUs.
+    Raises BadRecipeError for more processes than GPUs, and for a number that does not divide the accumulation.
     """
     import torch
 
     devices = torch.cuda.device_count()
-    count = config.processes or max(devices, 1)
+    most = max(devices, 1)
+    # One for each GPU, or as many as can share the accumulation evenly.
+    count = config.processes or max(n for n in range(1, most + 1) if config.accumulation % n == 0)
     if devices and count > devices:
         raise BadRecipeError(f"processes is {count}, and this machine has {devices} GPUs")
     if config.distributed == "fsdp" and count == 1:
@@ -73,7 +76,13 @@ def launch(
     """Train in `count` processes; the first one's result. Raises what a worker raised, by its words."""
     for name in (EVENTS, RESULT, *(path.name for path in run_folder.glob("worker-error-*.json"))):
         (run_folder / name).unlink(missing_ok=True)
-    order = {"config": dataclasses.asdict(config), "tokens": str(tokens), "story": story, "resume": resume}
+    order = {
+        "config": dataclasses.asdict(config),
+        "tokens": str(tokens),
+        "story": story,
+        "resume": resume,
+        "parent": [os.getpid(), start_time(os.getpid())],
+    }
     write_json(run_folder / ORDER, order)
     tail = EventTail(run_folder / EVENTS)
     environment = dict(os.environ)

@@ -61,11 +61,15 @@ class Reporter(TrainerCallback):
     ) -> None:
         trainer = self._trainer()
         trainer.recall(state.log_history, state.global_step)
-        if self._main:
-            self.curve.rewind(state.global_step)
+        self.rewind(state)
         self._mark = (time.monotonic(), int(trainer.counts[0]))
         self._progress(state)
         self.after_step(state.global_step)
+
+    def rewind(self, state: TrainerState) -> None:
+        """Take the points after the checkpoint's step off the curve on disk."""
+        if self._main:
+            self.curve.rewind(state.global_step, _is_measured(state, state.global_step))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,14 +99,14 @@ class Reporter(TrainerCallback):
             "loss": logs["loss"],
             "lr": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
-            "tok_s": made / seconds if seconds > 0 else math.nan,
+            "tok_s": made / seconds if seconds > 0 else None,
             "tokens": tokens,
             "padding": padding / max(tokens + padding, 1),
             "memory": memory_in_use(),
         }
         self.events.metric(state.global_step, **values)
         self.curve.append({"step": state.global_step, **values})
-        self._latest |= {"loss": logs["loss"], "tok_s": values["tok_s"]}
+        self._latest |= {"loss": logs["loss"], "tok_s": values["tok_s"] or 0.0}
         self._progress(state)
 
     def _progress(self, state: TrainerState) -> None:
@@ -123,13 +127,13 @@ class Reporter(TrainerCallback):
         trainer = self._trainer()
         state = trainer.state
         due = step % self.eval_every == 0 or step >= state.max_steps
-        known = any(entry["step"] == step and "eval_loss" in entry for entry in state.log_history)
-        if not self.held_out or not due or known:
+        if not self.held_out or not due or _is_measured(state, step):
             return
         started = time.monotonic()
         self.events.progress(step, state.max_steps, "steps", "measuring the held-out loss", phase="train")
         part = (trainer.args.process_index, trainer.args.world_size)
         loss, count = held_out_loss(trainer.model, self.held_out, self.pad, self.batch_size, part)
+        trainer.must_be_finite(loss, "held-out loss", step)
         # Straight into the history: Trainer.log here would cancel the log of this step's training loss.
         state.log_history.append({"step": step, "eval_loss": loss, "eval_tokens": count})
         values = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50.0))}
@@ -138,3 +142,7 @@ class Reporter(TrainerCallback):
             self.events.metric(step, **values)
             self.curve.append({"step": step, **values})
         self._mark = (self._mark[0] + time.monotonic() - started, self._mark[1])
+
+
+def _is_measured(state: TrainerState, step: int) -> bool:
+    return any(entry["step"] == step and "eval_loss" in entry for entry in state.log_history)

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from training.prepare import Drop, Encoder, Prepared, data_files, load_tokenizer
 RUN_FILE = "train.json"
 AUDIT_FILE = "audit.json"
 TOKENS = "tokens"
+NAMES = {"template_text": "the text of the template", "audit": "what the audit finds (data or tests)"}
 SHOWN_FINDINGS = 50  # in a manifest; all of them are in audit.json
 
 
@@ -62,13 +65,23 @@ def read_inputs(config: TrainConfig, run_folder: Path, events: EventWriter) -> I
     report = audit_report(config, run_folder, events)
     audited, drop = judge(config, report)
     story = {
-        "base": base,
+        "base": {**base, "files": _small_files(Path(config.base))},
         "data": [dataclasses.asdict(item) for item in files],
         "template": config.template,
         "template_text": templates.describe(encoder.template) if encoder.template else None,
         "audit": audited,
     }
     return Inputs(tokenizer, files, story, drop)
+
+
+def _small_files(base: Path) -> dict[str, str]:
+    """SHA-256 of the base's files that decide tokens and architecture."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    return {
+        name: hashlib.sha256((base / name).read_bytes()).hexdigest()
+        for name in names
+        if (base / name).is_file()
+    }
 
 
 def audit_report(config: TrainConfig, run_folder: Path, events: EventWriter) -> dict[str, Any] | None:
@@ -106,11 +119,17 @@ def judge(config: TrainConfig, report: dict[str, Any] | None) -> tuple[dict[str,
         )
     from training.audit.report import rows_to_drop
 
-    drop = rows_to_drop(
+    drop: Drop = rows_to_drop(
         report,
         leaks=config.on_leak == "drop",
         duplicates="none" if config.duplicates == "keep" else config.duplicates,
     )
+    odd = [source.path for source in config.data if source.split != "auto" and drop.get(source.path)]
+    if odd:
+        raise BadDataError(
+            f"{odd[0]}: the audit found rows to drop, and it counts paragraphs where the run splits otherwise",
+            'leave split out, or write the texts as JSON lines: {"text": ...}',
+        )
     return {
         "tests": [dataclasses.asdict(describe(Source(name))) for name in config.tests],
         "leaks": len(leaks) if config.tests else None,
@@ -125,7 +144,10 @@ def judge(config: TrainConfig, report: dict[str, Any] | None) -> tuple[dict[str,
 def _by_name(value: Any) -> Any:
     """Paths as file names: a manifest says nothing of another machine's folders."""
     if isinstance(value, dict):
-        return {_by_name(key): _by_name(item) for key, item in value.items()}
+        names = [_by_name(key) for key in value]
+        if len(set(names)) < len(names):  # the same name in two folders
+            names = ["/".join(Path(key).parts[-2:]) for key in value]
+        return {name: _by_name(item) for name, item in zip(names, value.values(), strict=True)}
     if isinstance(value, list):
         return [_by_name(item) for item in value]
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
@@ -140,11 +162,15 @@ def train(config: TrainConfig, run_folder: Path, events: EventWriter, resume: bo
     Raises: BadInputError and kin for what was given, MedmergeError when the loss is not a number or memory or disk
     run out, CancelledError.
     """
-    refuse_existing(Path(config.output))
+    check_output(Path(config.output), run_folder)
     for note in config.notes:
         events.warning(note)
+    if config.kind == "pt" and not config.packing:
+        events.warning(
+            "packing: false has no meaning for plain text, which is always one stream cut into blocks"
+        )
     with claim(run_folder):
-        _open_run(config, run_folder, resume)
+        open_run(config, run_folder, resume)
         try:
             inputs = read_inputs(config, run_folder, events)
             same_inputs(run_folder, inputs.story)
@@ -153,6 +179,26 @@ def train(config: TrainConfig, run_folder: Path, events: EventWriter, resume: bo
             if not resume and checkpoints.newest(run_folder / CHECKPOINTS, required=False) is None:
                 shutil.rmtree(run_folder, ignore_errors=True)  # nothing to resume from: do not block the name
             raise
+
+
+def check_output(output: Path, run_folder: Path) -> None:
+    """Raise BadInputError for an adapter folder that could not be made once the training is done."""
+    refuse_existing(output)
+    for one, other in ((output, run_folder), (run_folder, output)):
+        if one.absolute() == other.absolute() or other.absolute() in one.absolute().parents:
+            raise BadInputError(
+                f"the adapter {output} and the run folder {run_folder} would lie in each other",
+                "choose another output, for example adapters/NAME",
+            )
+    parent = output.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(
+            f"cannot make the folder {parent}: {error.strerror}", "choose another output"
+        ) from error
+    if not os.access(parent, os.W_OK):
+        raise BadInputError(f"cannot write in {parent}", "choose an output folder you can write to")
 
 
 def run_fit(
@@ -188,10 +234,15 @@ def _announce(prepared: Prepared, config: TrainConfig, events: EventWriter) -> N
         f"{counts['trained_tokens']:,} of them trained{room if config.packing else ''}; "
         f"{steps_of(config, counts['blocks']):,} steps; {counts['held_out_documents']:,} documents held out"
     )
+    if counts.get("eval_overlap"):
+        events.warning(
+            f"{counts['eval_overlap']:,} of {counts['eval_documents']:,} evaluation samples are trained on as well: "
+            "the held-out loss is too good"
+        )
 
 
-def _open_run(config: TrainConfig, run_folder: Path, resume: bool) -> None:
-    """Make the run folder with train.json in it, or check that there is one to resume."""
+def open_run(config: TrainConfig, run_folder: Path, resume: bool) -> None:
+    """Make the run folder with train.json in it; on resume it is there."""
     path = run_folder / RUN_FILE
     if resume:
         return
@@ -201,9 +252,14 @@ def _open_run(config: TrainConfig, run_folder: Path, resume: bool) -> None:
         )
     if run_folder.exists() and any(run_folder.iterdir()):
         raise BadInputError(f"{run_folder} is there and is no run", "choose another name")
+    begin_run(config, run_folder)
+
+
+def begin_run(config: TrainConfig, run_folder: Path) -> None:
+    """Write a run's train.json: enough to resume it from the start."""
     run_folder.mkdir(parents=True, exist_ok=True)
     write_json(
-        path,
+        run_folder / RUN_FILE,
         {
             "format": "medmerge.run/1",
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -215,17 +271,18 @@ def _open_run(config: TrainConfig, run_folder: Path, resume: bool) -> None:
 def same_inputs(run_folder: Path, story: dict[str, Any]) -> None:
     """Note what the run is made from in train.json, or compare it with what was noted.
 
-    Raises BadInputError when base or data have changed since the run was started.
+    Raises BadInputError when base, tokenizer, template, data or tests have changed since the run was started.
     """
     path = run_folder / RUN_FILE
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MedmergeError(f"{path} cannot be read: {error}") from error
-    for key in ("base", "data"):
-        if key in before and before[key] != story[key]:
+    now = json.loads(json.dumps(story))
+    for key in ("base", "data", "template_text", "audit"):
+        if key in before and before[key] != now[key]:
             raise BadInputError(
-                f"{key} is not what it was when {run_folder} was started",
+                f"{NAMES.get(key, key)} is not what it was when {run_folder} was started",
                 "start a new run for changed inputs",
             )
     write_json(path, {**before, **story})

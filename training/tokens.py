@@ -6,6 +6,7 @@ memory; kept in the run folder until the run is done, so that a resumed run does
     ids.u32      token ids of all documents, one after the other (uint32, little endian)
     trained.u8   1 where the token carries loss, else 0
     lengths.u32  tokens of each document
+    loss.u32     tokens of each document that carry loss
     keys.b16     16 bytes a document: the hash of its content (equal contents have equal keys)
     copies.u16   how often an epoch uses it
     tokens.json  what it was made from; written last, so that a half-made folder is not taken for a whole one
@@ -46,6 +47,7 @@ class TokenWriter:
         self._ids += document.ids
         self._trained += [label != IGNORE for label in document.labels]
         self._files["lengths.u32"].write(np.uint32(len(document.ids)).tobytes())
+        self._files["loss.u32"].write(np.uint32(document.trained).tobytes())
         self._files["keys.b16"].write(key[:KEY_BYTES])
         self._files["copies.u16"].write(np.uint16(copies).tobytes())
         if len(self._ids) >= FLUSH_TOKENS:
@@ -80,7 +82,7 @@ class TokenWriter:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-_FILES = ("ids.u32", "trained.u8", "lengths.u32", "keys.b16", "copies.u16")
+_FILES = ("ids.u32", "trained.u8", "lengths.u32", "loss.u32", "keys.b16", "copies.u16")
 
 
 class TokenStore(Sequence[Encoded]):
@@ -90,6 +92,7 @@ class TokenStore(Sequence[Encoded]):
         self.folder = folder
         self.note: dict[str, Any] = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         self.lengths = np.fromfile(folder / "lengths.u32", dtype="<u4").astype(np.int64)
+        self.loss = np.fromfile(folder / "loss.u32", dtype="<u4").astype(np.int64)
         self.copies = np.fromfile(folder / "copies.u16", dtype="<u2").astype(np.int64)
         self.keys = np.fromfile(folder / "keys.b16", dtype=f"V{KEY_BYTES}")
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -116,11 +119,6 @@ class TokenStore(Sequence[Encoded]):
         ids = self._ids[first + start : first + end].astype(np.int64)
         labels = np.where(self._trained[first + start : first + end] != 0, ids, IGNORE)
         return Encoded(ids.tolist(), labels.tolist())
-
-    def trained(self, documents: np.ndarray) -> np.ndarray:
-        """How many tokens of each document carry loss."""
-        sums = np.concatenate([[0], np.cumsum(self._trained, dtype=np.int64)])
-        return sums[self._starts[documents + 1]] - sums[self._starts[documents]]
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:

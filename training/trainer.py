@@ -129,7 +129,7 @@ class LoraTrainer(Trainer):
     """Trainer over blocks; counts processed, trained and padding tokens and puts the counts into every log line.
 
     `after_step` is called after every step and its checkpoint, with the step: the place for evaluations, which may
-    be interrupted. `keep`: how many checkpoints stay.
+    be interrupted. `rewind`: takes the curve on disk back to a checkpoint. `keep`: how many checkpoints stay.
     """
 
     def __init__(
@@ -140,6 +140,7 @@ class LoraTrainer(Trainer):
         order: EpochOrder,
         keep: int,
         after_step: Callable[[int], None],
+        rewind: Callable[[TrainerState], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -150,7 +151,8 @@ class LoraTrainer(Trainer):
         self.counts = torch.zeros(
             3, dtype=torch.int64
         )  # processed without padding, trained, padding; this process
-        self.stopper, self.order, self.keep, self.after_step = stopper, order, keep, after_step
+        self.stopper, self.order, self.keep = stopper, order, keep
+        self.after_step, self.rewind = after_step, rewind
         self._rng: dict[str, Any] = {}  # of the random generators, after the step `_whole_step`
         self._whole_step = self._saved_step = 0
 
@@ -167,7 +169,7 @@ class LoraTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         loss, count = token_loss(model, inputs)
-        self._must_be_finite(float(loss.detach()), "loss", self.state.global_step + 1)
+        self.must_be_finite(float(loss.detach()), "loss", self.state.global_step + 1)
         padding = int(inputs["padding"])
         self.counts += torch.tensor([inputs["input_ids"].numel() - padding, count, padding])
         loss = loss / (num_items_in_batch if num_items_in_batch is not None else max(count, 1))
@@ -175,7 +177,8 @@ class LoraTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return loss
 
-    def _must_be_finite(self, value: float, what: str, step: int) -> None:
+    def must_be_finite(self, value: float, what: str, step: int) -> None:
+        """Raise MedmergeError for a value that is not a number."""
         if not math.isfinite(value):
             raise MedmergeError(
                 f"the {what} is {value} at step {step}; training stopped",
@@ -207,7 +210,7 @@ class LoraTrainer(Trainer):
         """After each step: nothing that is not a number is saved; a stop that was asked meanwhile happens here."""
         step = self.state.global_step
         if grad_norm is not None:
-            self._must_be_finite(float(grad_norm), "gradient norm", step)
+            self.must_be_finite(float(grad_norm), "gradient norm", step)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         if self._anyone_stops():
             self.control.should_training_stop = True
@@ -256,4 +259,5 @@ class LoraTrainer(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.recall(self.state.log_history, self.state.global_step)
+        self.rewind(self.state)
         self.after_step(self.state.global_step)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 from engine.atomic import write_json
+from engine.claim import is_alive
 from engine.errors import MedmergeError
 from engine.jobs.events import EventWriter
 from training import processes
@@ -31,6 +34,7 @@ def main(run_folder: Path) -> int:
     """Train this process's part; 0, or the exit code of what went wrong."""
     rank = int(os.environ.get("RANK", "0"))
     order = json.loads((run_folder / processes.ORDER).read_text(encoding="utf-8"))
+    threading.Thread(target=_die_with, args=order["parent"], daemon=True).start()
     events = EventWriter(run_folder / processes.EVENTS) if rank == 0 else Silent()
     try:
         result = _fit(order, run_folder, events)
@@ -50,6 +54,13 @@ def main(run_folder: Path) -> int:
         }
     write_json(run_folder / f"worker-error-{rank}.json", said)
     return int(str(said["exit_code"]))
+
+
+def _die_with(pid: int, start: float) -> None:
+    """End at once when the job's own process is gone (kill -9): nobody may write beside a run that is resumed."""
+    while is_alive(pid, start):
+        time.sleep(0.5)
+    os._exit(4)
 
 
 def _fit(order: dict[str, Any], run_folder: Path, events: EventWriter) -> dict[str, Any]:

@@ -11,14 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine.errors import BadInputError, BadModelError, BadRecipeError, CancelledError
 from engine.jobs.events import EventWriter
+from tests.training.test_resume import start, until
 from training import job, processes
 from training.config import TrainConfig
+from training.curve import read
 from training.run import train
 
 Settings = Callable[..., TrainConfig]
@@ -120,3 +123,17 @@ def test_what_a_worker_says_reaches_the_person(settings: Settings, sft_file: Pat
         processes.wanted(settings("sft", sft_file, distributed="fsdp"))
     with pytest.raises(BadModelError):
         train(settings("sft", sft_file, base=str(tmp_path), processes=2), tmp_path / "r3", EventWriter())
+
+
+def test_workers_do_not_outlive_a_killed_job(settings: Settings, sft_file: Path, tmp_path: Path) -> None:
+    """kill -9 of the job's own process: its workers end at once, so that nobody writes beside a resumed run."""
+    config = settings("sft", sft_file, processes=2, **{**SHARED, "epochs": 2000})
+    run = tmp_path / "run"
+    process = start(config, run, resume=False)
+    until(lambda: bool(read(run / "curve.jsonl")), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert len(family) >= 3, "a launcher and two workers"
+    gone, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive and gone

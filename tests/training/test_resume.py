@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.errors import BadInputError, MedmergeError, NoSpaceError
+from engine.errors import BadInputError, CancelledError, MedmergeError, NoSpaceError
 from engine.jobs.events import EventWriter
 from training import checkpoints, curve, job, trainer
 from training.config import TrainConfig
@@ -248,3 +248,45 @@ def test_out_of_memory_says_what_to_change(settings: Settings, tmp_path: Path) -
     )
     assert "out of memory while training (batch_size 1, cutoff 40000" in done.stderr
     assert "gradient_checkpointing: true (the same result" in done.stderr and "cutoff 20000" in done.stderr
+
+
+def test_cancelled_within_a_step_the_curve_on_disk_is_whole(
+    settings: Settings, sft_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the step after an evaluation: the checkpoint carries it, and the curve keeps it once."""
+    whole = settings("sft", sft_file, output=str(tmp_path / "whole"), **LIVELY)
+    train(whole, tmp_path / "run-whole", EventWriter())
+    broken = settings("sft", sft_file, output=str(tmp_path / "broken"), **LIVELY)
+    run, loss = tmp_path / "run-broken", trainer.LoraTrainer.compute_loss
+
+    def stopped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.LoraTrainer, "compute_loss", stopped)
+    with pytest.raises(CancelledError, match="checkpoint of step 4 is kept"):
+        train(broken, run, EventWriter())
+    monkeypatch.setattr(trainer.LoraTrainer, "compute_loss", loss)
+    job.run(params(broken, run, True), EventWriter())
+    same(whole, broken)
+    shapes = [
+        [(p["step"], p.get("loss"), p.get("eval_loss")) for p in curve.read(folder / "curve.jsonl")]
+        for folder in (tmp_path / "run-whole", run)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("changed", ["tokenizer.json", "chat_template.jinja"])
+def test_resume_refuses_another_tokenizer_or_template(
+    changed: str, settings: Settings, sft_file: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    config = settings("sft", sft_file, base=str(base), **LIVELY)
+    train(config, tmp_path / "run", EventWriter())
+    shutil.rmtree(config.output)
+    path = base / changed
+    path.write_text(path.read_text().replace("user", "user ", 1) + "\n")
+    with pytest.raises(BadInputError, match="is not what it was when"):
+        train(config, tmp_path / "run", EventWriter(), resume=True)

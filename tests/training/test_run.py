@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,9 @@ from engine.errors import (
 from engine.jobs.events import EventWriter
 from engine.weights import Adapter
 from training import job
+from training.artifact import settings_for_manifest
 from training.config import TrainConfig
+from training.prepare import load_tokenizer, prepare
 from training.run import train
 
 Settings = Callable[..., TrainConfig]
@@ -176,3 +180,92 @@ def test_what_cannot_be_trained_is_refused_by_name(
     Path(config.output).mkdir(parents=True)
     with pytest.raises(TargetExistsError):
         train(config, tmp_path / "r4", EventWriter())
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+def test_variants_are_read_and_merged_by_the_engine(
+    variant: str, settings: Settings, sft_file: Path, tmp_path: Path
+) -> None:
+    """What is saved is what was trained: PEFT's merge of the folder equals the engine's, at the right scale."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from engine.merge.execute import merge
+    from engine.merge.recipe import parse
+
+    config = settings("sft", sft_file, alpha=12.5, **{variant: True})
+    train(config, tmp_path / "run", EventWriter())
+    adapter = Adapter.open(Path(config.output))
+    assert adapter.scales == ((12.5 / 2,) if variant == "rslora" else (12.5 / 4,))
+    document = {
+        "base": config.base,
+        "adapters": {"sft": {"path": config.output, "weight": 1.0}},
+        "output": {"path": str(tmp_path / "merged"), "dtype": "float32"},
+    }
+    merge(parse(document, "test", []), EventWriter())
+    model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(model, config.output).merge_and_unload().state_dict()
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_weights_count_rows_and_held_out_rows_are_never_trained(
+    settings: Settings, sft_file: Path, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    rows = [json.loads(line) for line in sft_file.read_text().splitlines()]
+    (tmp_path / "other").mkdir()
+    other = write_jsonl(
+        tmp_path / "other" / "sft.jsonl", [{**row, "output": row["output"] + "!"} for row in rows]
+    )
+    data = [{"path": str(sft_file), "weight": 2}, {"path": str(other), "weight": 0.5}]
+    config = settings("sft", sft_file, data=data, held_out=4, packing=False, cutoff=256)
+    prepared = prepare(config, load_tokenizer(Path(config.base)), tmp_path / "tokens", EventWriter())
+    trained = [tuple(block.ids) for block in prepared.train]
+    held = {tuple(block.ids) for block in prepared.held_out}
+    assert len(held) == 4 and not held & set(trained)
+    counts = Counter(trained)
+    assert set(counts.values()) == {1, 2} and len(counts) < 24 - 4, "the first file twice, half of the second"
+    settled = settings_for_manifest(config)
+    assert [(source["path"], source["weight"]) for source in settled["data"]] == [
+        ("sft.jsonl", 2),
+        ("sft.jsonl", 0.5),
+    ]
+
+
+def test_outputs_that_could_not_be_made_are_refused_before_training(
+    settings: Settings, sft_file: Path, tmp_path: Path
+) -> None:
+    config = settings("sft", sft_file)
+    for output in (tmp_path / "run", tmp_path / "run" / "inside", sft_file / "below-a-file"):
+        with pytest.raises(BadInputError):
+            train(dataclasses.replace(config, output=str(output)), tmp_path / "run", EventWriter())
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropped_rows_are_not_trained_on(
+    settings: Settings, sft_file: Path, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    tests = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "4 WHAT is the dose of aspirin, for an adult"}])
+    config = settings("sft", sft_file, tests=[str(tests)], on_leak="drop", held_out=0)
+    train(config, tmp_path / "run", EventWriter())
+    manifest = json.loads((Path(config.output) / "training.json").read_text())
+    assert manifest["audit"]["leaks"] >= 1 and manifest["audit"]["dropped_rows"] >= 1
+    assert manifest["samples"]["documents"] == 12 - manifest["audit"]["dropped_rows"]
+    text = tmp_path / "notes.txt"
+    text.write_text(
+        "\n".join(
+            ["4 what is the dose of aspirin for an adult", "Another line of text entirely.", "A third."]
+        )
+    )
+    lines = settings(
+        "pt",
+        text,
+        data=[{"path": str(text), "split": "line"}],
+        tests=[str(tests)],
+        on_leak="drop",
+        held_out=0,
+    )
+    lines = dataclasses.replace(lines, output=str(tmp_path / "lines"))
+    with pytest.raises(BadDataError, match="counts paragraphs where the run splits otherwise"):
+        train(lines, tmp_path / "run-lines", EventWriter())

@@ -127,7 +127,8 @@ def _spec(params: dict[str, Any], title: str, args: argparse.Namespace) -> JobSp
 
 
 def _resume(args: argparse.Namespace) -> int:
-    if args.kind or args.config or args.set or args.shots:
+    flags = ("kind", "config", "set", "shots", "base", "data", "test", "out", "template", "preset")
+    if any(getattr(args, name) for name in flags) or args.preview is not None:
         raise BadInputError("--resume takes no kind, config or settings", "the run's own settings are used")
     run_folder = existing_path(args.resume, workspace_of(args), "run")
     config = saved_config(run_folder)
