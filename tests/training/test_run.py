@@ -269,3 +269,14 @@ def test_dropped_rows_are_not_trained_on(
     lines = dataclasses.replace(lines, output=str(tmp_path / "lines"))
     with pytest.raises(BadDataError, match="counts paragraphs where the run splits otherwise"):
         train(lines, tmp_path / "run-lines", EventWriter())
+
+
+def test_tensorboard_files_hold_the_curve(settings: Settings, sft_file: Path, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = settings("sft", sft_file, tensorboard=True)
+    train(config, tmp_path / "run", EventWriter())
+    written = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    written.Reload()
+    found = [event.value for event in written.Scalars("train/loss")]
+    manifest = json.loads((Path(config.output) / "training.json").read_text())
+    assert found == pytest.approx(losses(manifest), rel=1e-6)
