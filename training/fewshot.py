@@ -100,7 +100,7 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
                     )
                     again = (folder / RUN_FILE).exists()
                     if not again:
-                        open_run(settings, folder, False)
+                        open_run(settings, folder)
                     run_fit(settings, folder, run_folder / TOKENS, inputs, events, again, keep_tokens=True)
                     row = finished(settings, inputs.story)
                     assert row is not None

@@ -46,7 +46,7 @@ def fit(
     from training.model import lora_model
     from training.reporter import Reporter
     from training.stopping import Stopper
-    from training.trainer import EpochOrder, LoraTrainer, TrainSet, out_of_memory
+    from training.trainer import EpochOrder, LoraTrainer, TrainSet, out_of_memory, token_counts
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -94,7 +94,7 @@ def fit(
             _loop(trainer, checkpoint, steps, stopper)
         seconds = round(time.time() - started, 1)
         history = trainer.state.log_history
-        tokens = dict(zip(("processed", "trained", "padding"), _counts(history), strict=True))
+        tokens = dict(zip(("processed", "trained", "padding"), token_counts(history), strict=True))
         tokens |= {
             "per_epoch_processed": prepared.counts["tokens"],
             "per_epoch_trained": prepared.counts["trained_tokens"],
@@ -161,14 +161,6 @@ def _loop(trainer: Any, checkpoint: Path | None, steps: int, stopper: Any) -> No
         raise CancelledError(f"cancelled; the checkpoint of step {trainer.state.global_step} is kept")
 
 
-def _counts(history: list[dict[str, Any]]) -> tuple[int, int, int]:
-    """Processed, trained and padding tokens as the last log line counts them."""
-    for entry in reversed(history):
-        if "tokens" in entry:
-            return int(entry["tokens"]), int(entry["trained_tokens"]), int(entry["padding_tokens"])
-    return 0, 0, 0
-
-
 def memory_advice(config: TrainConfig) -> str:
     """What to change, in the order that costs least."""
     advice = []
@@ -204,9 +196,7 @@ def arguments(config: TrainConfig, steps: int, run_folder: Path) -> Any:
     args = TrainingArguments(
         output_dir=str(run_folder / CHECKPOINTS),
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size or config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        num_train_epochs=config.epochs,
         max_steps=steps,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,

@@ -36,7 +36,6 @@ class Prepared:
 
     train: Blocks
     held_out: Blocks
-    data: list[DataFile]
     counts: dict[str, Any]  # for the manifest: rows, too_long, untrained, dropped, documents, tokens, ...
 
 
@@ -169,7 +168,7 @@ def prepare(
     store = open_store(folder, made_from)
     if store is None:
         store = _encode(config, encoder, folder, made_from, drop, data, events)
-    return arrange(config, store, data)
+    return arrange(config, store)
 
 
 def _encode(
@@ -257,7 +256,7 @@ def _say(
         )
 
 
-def arrange(config: TrainConfig, store: TokenStore, data: list[DataFile]) -> Prepared:
+def arrange(config: TrainConfig, store: TokenStore) -> Prepared:
     """Held-out rows by key, then shots, copies and blocks."""
     counts = dict(store.note["counts"])
     evaluation = np.zeros(len(store), dtype=bool)
@@ -286,7 +285,7 @@ def arrange(config: TrainConfig, store: TokenStore, data: list[DataFile]) -> Pre
         "tokens": int(store.lengths[order].sum()),
         "trained_tokens": int(store.loss[order].sum()) - _lost_at_borders(config, blocks, len(order)),
     }
-    return Prepared(blocks, held_blocks, data, counts)
+    return Prepared(blocks, held_blocks, counts)
 
 
 def _lost_at_borders(config: TrainConfig, blocks: Blocks, documents: int) -> int:

@@ -19,7 +19,7 @@ import psutil
 
 from engine.atomic import start_time, write_json
 from engine.errors import BadInputError, BadRecipeError, CancelledError, ChildFailedError, MedmergeError
-from engine.jobs.events import Event, EventTail, EventWriter
+from engine.jobs.events import EventTail, EventWriter
 from training.config import TrainConfig
 
 ORDER = "worker.json"
@@ -132,11 +132,7 @@ def _command(run_folder: Path, count: int) -> list[str]:
 
 def _pass_on(tail: EventTail, events: EventWriter) -> None:
     for event in tail.poll():
-        _emit(event, events)
-
-
-def _emit(event: Event, events: EventWriter) -> None:
-    events.emit(event.type, **event.data)
+        events.emit(event.type, **event.data)
 
 
 def _end(launcher: subprocess.Popen[bytes]) -> None:

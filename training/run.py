@@ -170,7 +170,8 @@ def train(config: TrainConfig, run_folder: Path, events: EventWriter, resume: bo
             "packing: false has no meaning for plain text, which is always one stream cut into blocks"
         )
     with claim(run_folder):
-        open_run(config, run_folder, resume)
+        if not resume:
+            open_run(config, run_folder)
         try:
             inputs = read_inputs(config, run_folder, events)
             same_inputs(run_folder, inputs.story)
@@ -241,12 +242,9 @@ def _announce(prepared: Prepared, config: TrainConfig, events: EventWriter) -> N
         )
 
 
-def open_run(config: TrainConfig, run_folder: Path, resume: bool) -> None:
-    """Make the run folder with train.json in it; on resume it is there."""
-    path = run_folder / RUN_FILE
-    if resume:
-        return
-    if path.exists():
+def open_run(config: TrainConfig, run_folder: Path) -> None:
+    """Make a new run's folder with train.json in it. Raises BadInputError when something is there."""
+    if (run_folder / RUN_FILE).exists():
         raise BadInputError(
             f"{run_folder} holds a run already", f"continue it with: medmerge train --resume {run_folder}"
         )

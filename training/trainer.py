@@ -93,6 +93,14 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def token_counts(history: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
+    """Processed, trained and padding tokens as the last log line counts them; zeros before the first."""
+    for entry in reversed(history):
+        if "tokens" in entry:
+            return int(entry["tokens"]), int(entry["trained_tokens"]), int(entry["padding_tokens"])
+    return 0, 0, 0
+
+
 class TrainSet(torch.utils.data.Dataset[Block]):
     """The run's blocks, filled up with empty ones so that every process gets as many batches."""
 
@@ -198,11 +206,7 @@ class LoraTrainer(Trainer):
         """Go on counting where a checkpoint's log history ends (resume). The counts are of all processes: the first
         one takes them over."""
         self._saved_step = step
-        for entry in reversed(history):
-            if "tokens" in entry:
-                kept = [int(entry.get(key, 0)) for key in ("tokens", "trained_tokens", "padding_tokens")]
-                self.counts = torch.tensor(kept) * int(self.args.process_index == 0)
-                return
+        self.counts = torch.tensor(token_counts(history)) * int(self.args.process_index == 0)
 
     # ---- stopping and saving -------------------------------------------------------------------------------
 

@@ -46,12 +46,7 @@ def main(run_folder: Path) -> int:
     except Exception as error:  # noqa: BLE001 - the process boundary: the parent tells the person
         traceback.print_exc()
         hint = f"the traceback is in {run_folder / processes.LOG}"
-        said = {
-            "message": f"{type(error).__name__}: {error}",
-            "hint": hint,
-            "exit_code": 3,
-            "cancelled": False,
-        }
+        said = {"message": f"{type(error).__name__}: {error}", "hint": hint, "exit_code": 3}
     write_json(run_folder / f"worker-error-{rank}.json", said)
     return int(str(said["exit_code"]))
 
@@ -64,14 +59,12 @@ def _die_with(pid: int, start: float) -> None:
 
 
 def _fit(order: dict[str, Any], run_folder: Path, events: EventWriter) -> dict[str, Any]:
-    from training.data.sources import DataFile
     from training.fit import fit
     from training.prepare import arrange, load_tokenizer
     from training.tokens import TokenStore
 
     config = from_mapping(order["config"], "worker.json")
-    files = [DataFile(**item) for item in order["story"]["data"]]
-    prepared = arrange(config, TokenStore(Path(order["tokens"])), files)
+    prepared = arrange(config, TokenStore(Path(order["tokens"])))
     tokenizer = load_tokenizer(Path(config.base))
     return fit(config, run_folder, prepared, tokenizer, order["story"], events, bool(order["resume"]))
 
