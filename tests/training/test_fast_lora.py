@@ -154,13 +154,13 @@ from training import fast_lora
 torch.set_num_threads(1)
 if sys.argv[1] == "kept" and not fast_lora.keep_memory():
     sys.exit("no glibc")
-def step():
-    for _ in range(5):
-        parts = [torch.ones(12 << 20) for _ in range(2)]
+def step(first):
+    for size in range(first, first - 5, -1):  # a page less each time: the odd bytes malloc keeps for alignment
+        parts = [torch.ones((12 << 20) + size * 1024) for _ in range(2)]  # never make a freed block too small
         del parts
-step()
+step(10)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
+step(5)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
