@@ -1,4 +1,4 @@
-"""Intervals and paired tests, each with its source. Pure numpy and scipy; no model, no tables.
+"""Intervals, paired tests and sample sizes, each with its source. Pure numpy and scipy; no model, no tables.
 
 Corpus metrics (BLEU, perplexity) are functions of summed per-sample statistics, so a bootstrap resample is a
 matrix of counts times a matrix of statistics: thousands of resamples cost milliseconds.
@@ -7,7 +7,7 @@ matrix of counts times a matrix of statistics: thousands of resamples cost milli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,9 @@ Combine = Callable[[FloatArray], FloatArray]  # (resamples, k) sums of statistic
 RESAMPLES = 2000
 SEED = 20240501
 ALPHA = 0.05
+POWER = 0.8
+MOST_ITEMS = 10_000_000  # a needed number of items beyond this is not given: nobody has them
+EXACT_ITEMS = 20_000  # up to here the needed number is exact; beyond, the formula is right within 1%
 
 
 def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -60,6 +63,153 @@ def least_significant(discordant: int, n: int, alpha: float = ALPHA) -> float | 
     return None
 
 
+def mcnemar_difference(
+    only_first: int, only_second: int, n: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of the paired difference of two proportions, (only_first - only_second) / n.
+
+    Tango's asymptotic score interval (Statistics in Medicine 17, 1998): the differences d that the score test
+    does not reject, |b - c - n d| <= z sqrt(n (2 q + d (1 - d))) with q the share of `only_second` that is
+    likeliest under d. It needs the discordant counts only and never leaves [-1, 1]. It belongs to McNemar's
+    asymptotic test; the exact test is a little more cautious, so near the border 0 may lie just outside the
+    interval with an exact p of .05 or more. The test decides. n = 0 is [-1, 1].
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    if only_first < 0 or only_second < 0 or only_first + only_second > n:
+        raise ValueError(f"{only_first} + {only_second} discordant of {n} cannot be")
+    if n == 0:
+        return -1.0, 1.0
+    z = float(norm.ppf((1 + confidence) / 2))
+
+    def statistic(d: float) -> float:
+        linear = (2 * n - only_first + only_second) * d - only_first - only_second
+        product = -only_second * d * (1 - d)
+        likeliest = (math.sqrt(max(0.0, linear**2 - 8 * n * product)) - linear) / (4 * n)
+        gap = only_first - only_second - n * d
+        variance = n * (2 * likeliest + d * (1 - d))
+        return gap / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, gap) if gap else 0.0
+
+    def root(target: float, low: float, high: float) -> float:
+        return float(brentq(lambda d: max(-1e9, min(1e9, statistic(d))) - target, low, high, xtol=1e-12))
+
+    estimate = (only_first - only_second) / n
+    edge = 1 - 1e-12
+    low = root(z, -edge, min(edge, max(-edge, estimate))) if only_second < n else -1.0
+    high = root(-z, min(edge, max(-edge, estimate)), edge) if only_first < n else 1.0
+    return low, high
+
+
+def mcnemar_power(share: float, gap: float, n: int, alpha: float = ALPHA) -> float:
+    """How often the exact McNemar test rejects on n items, if `share` of them are discordant and the true
+    difference is `gap` (at most `share`). Exact: summed over how many discordant pairs there may be, and how
+    they may split.
+    """
+    from scipy.stats import binom
+
+    middle, spread = n * share, 10 * math.sqrt(n * share * (1 - share)) + 10
+    discordant = np.arange(max(0, math.floor(middle - spread)), min(n, math.ceil(middle + spread)) + 1)
+    most = binom.ppf(alpha / 2, discordant, 0.5) - 1  # rejected when the smaller side has at most so many
+    first = (1 + gap / share) / 2
+    rejected = binom.cdf(most, discordant, first) + binom.sf(discordant - most - 1, discordant, first)
+    return float(np.dot(binom.pmf(discordant, n, share), np.where(most >= 0, rejected, 0.0)))
+
+
+def mcnemar_needed(
+    only_first: int, only_second: int, n: int, power: float = POWER, alpha: float = ALPHA
+) -> int | None:
+    """How many items the exact McNemar test needs to see the observed difference, were it the true one.
+
+    N = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 / d^2 (Connor, Biometrics 43, 1987), s the discordant share
+    (b + c) / n, d the difference |b - c| / n, z_a two-sided. That is for the asymptotic test: the exact one has
+    a power of .77 where .80 is asked, so up to EXACT_ITEMS the number is raised until `mcnemar_power` is reached.
+    None when b = c (no number of items shows a difference of 0) and beyond MOST_ITEMS.
+    """
+    if only_first == only_second or n == 0:
+        return None
+    share, gap = (only_first + only_second) / n, abs(only_first - only_second) / n
+    z_alpha, z_power = _quantiles(power, alpha)
+    root = z_alpha * math.sqrt(share) + z_power * math.sqrt(max(0.0, share - gap**2))
+    low = _whole((root / gap) ** 2)
+    if low is None or low > EXACT_ITEMS:
+        return low
+    low, high = low - 1, math.ceil(((root + math.sqrt(root**2 + 4 * gap)) / (2 * gap)) ** 2) + 1  # continuity
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if mcnemar_power(share, gap, middle, alpha) >= power else (middle, high)
+    return high
+
+
+def power_gap(discordant_share: float, n: int, power: float = POWER, alpha: float = ALPHA) -> float | None:
+    """The true difference of two proportions that McNemar sees on n items with that power (Connor, solved for d).
+
+    With 20% discordant pairs of 1,273 it is .035 (which the exact test sees with a power of .785). None without
+    discordant pairs, and when even all of them on one side would be seen less often than that: too few.
+    """
+    if discordant_share <= 0 or n <= 0:
+        return None
+    z_alpha, z_power = _quantiles(power, alpha)
+    first = z_alpha * math.sqrt(discordant_share)
+    rest = z_power**2 * (n * discordant_share + (z_power**2 - z_alpha**2) * discordant_share)
+    gap = (first * math.sqrt(n) + math.sqrt(max(0.0, rest))) / (n + z_power**2)
+    return gap if gap <= discordant_share else None
+
+
+def items_needed(
+    difference: float, error: float, n: int, power: float = POWER, alpha: float = ALPHA
+) -> int | None:
+    """How many items a paired test needs to see `difference`, whose standard error on n items is `error`.
+
+    N = n ((z_a + z_b) error / difference)^2: the error falls with the root of N. None when the difference is 0,
+    when either is not known, and beyond MOST_ITEMS.
+    """
+    if not (math.isfinite(difference) and math.isfinite(error)) or difference == 0 or error <= 0:
+        return None
+    return _whole(n * (sum(_quantiles(power, alpha)) * error / difference) ** 2)
+
+
+def _quantiles(power: float, alpha: float) -> tuple[float, float]:
+    from scipy.stats import norm
+
+    if not (0 < alpha < 1 and 0 < power < 1):
+        raise ValueError(f"power and alpha lie between 0 and 1, and are {power} and {alpha}")
+    return float(norm.ppf(1 - alpha / 2)), float(norm.ppf(power))
+
+
+def _whole(items: float) -> int | None:
+    return math.ceil(items) if items <= MOST_ITEMS else None
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusted p values of a family of tests (Holm, Scandinavian Journal of Statistics 6, 1979), in their order.
+
+    The k-th smallest of m becomes the largest of (m - j + 1) p_(j) over j <= k, at most 1. A difference whose
+    adjusted p is under .05 keeps the chance of any false one in the family under .05, however they depend on
+    each other.
+    """
+    if any(not 0 <= p <= 1 for p in ps):
+        raise ValueError(f"p values lie between 0 and 1: {[p for p in ps if not 0 <= p <= 1]}")
+    adjusted, reached = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        reached = max(reached, min(1.0, (len(ps) - rank) * ps[place]))
+        adjusted[place] = reached
+    return adjusted
+
+
+def seed_spread(values: Sequence[float]) -> tuple[float, float, int]:
+    """(mean, standard deviation, how many) of one metric over seeds; n - 1 below, nan for a single seed.
+
+    It says how much decoding alone moves a number. It is no interval of the metric: seeds share their prompts.
+    """
+    if not values:
+        return math.nan, math.nan, 0
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan, 1
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)), len(values)
+
+
 def resample_counts(n: int, resamples: int = RESAMPLES, seed: int = SEED) -> FloatArray:
     """How often each of n items is drawn in each bootstrap resample: (resamples, n), rows sum to n."""
     generator = np.random.default_rng([seed, n])
@@ -89,13 +239,17 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class PairedResult:
-    """difference = first - second on the same n items; p two-sided; low, high: 95% of the difference."""
+    """difference = first - second on the same n items; p two-sided; low, high: 95% of the difference.
+
+    error: its standard error (standard deviation over resamples; nan where there is none).
+    """
 
     difference: float
     low: float
     high: float
     p: float
     n: int
+    error: float = math.nan
 
 
 def paired_bootstrap(
@@ -120,7 +274,21 @@ def paired_bootstrap(
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
     p = min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
     low, high = np.percentile(differences, [2.5, 97.5])
-    return PairedResult(difference, float(low), float(high), p, n)
+    error = float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
+    return PairedResult(difference, float(low), float(high), p, n, error)
+
+
+def bootstrap_needed(
+    first: FloatArray,
+    second: FloatArray,
+    combine: Combine,
+    power: float = POWER,
+    alpha: float = ALPHA,
+    resamples: int = RESAMPLES,
+) -> int | None:
+    """`items_needed` of a paired bootstrap. (Who has its PairedResult already calls that with its numbers.)"""
+    found = paired_bootstrap(first, second, combine, resamples)
+    return items_needed(found.difference, found.error, found.n, power, alpha)
 
 
 def ratio(sums: FloatArray) -> FloatArray:

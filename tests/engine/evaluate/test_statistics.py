@@ -6,21 +6,32 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import bootstrap
+from scipy.optimize import brentq, minimize_scalar
+from scipy.stats import binom, bootstrap
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from engine.evaluate.statistics import (
+    MOST_ITEMS,
     bootstrap_interval,
+    bootstrap_needed,
     clopper_pearson,
+    holm,
+    items_needed,
     least_significant,
+    mcnemar_difference,
     mcnemar_exact,
+    mcnemar_needed,
+    mcnemar_power,
     paired_bootstrap,
     perplexity,
+    power_gap,
     ratio,
     resample_counts,
+    seed_spread,
 )
 
 
@@ -99,3 +110,199 @@ def test_paired_bootstrap_sees_a_small_steady_gap_that_intervals_hide():
 def test_resample_counts_draw_n_of_n():
     counts = resample_counts(7, 50)
     assert counts.shape == (50, 7) and (counts.sum(1) == 7).all() and (counts != 1).any()
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_holm_is_statsmodels(ps):
+    expected = multipletests(ps, method="holm")[1] if ps else []
+    assert holm(ps) == pytest.approx(list(expected), abs=1e-12)
+
+
+def test_holm_refuses_what_is_no_p():
+    assert holm([]) == []
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    for wrong in (math.nan, -0.1, 1.2):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            holm([0.5, wrong])
+
+
+def test_interval_of_a_paired_difference_as_published():
+    """Fagerland, Lydersen and Laake (2014), and the R package contingencytables: Tango's score interval."""
+    assert mcnemar_difference(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)  # Bentur et al. (2009)
+    assert mcnemar_difference(6, 16, 161) == pytest.approx((-0.1240, -0.0054), abs=5e-5)  # Cavo et al. (2012)
+
+
+def likelihood_bound(b, c, n, z, side):
+    """The same interval without its closed form: the share q is found by maximising the likelihood under d."""
+
+    def score(d):
+        def minus_log(q):  # of the multinomial with shares q + d, q, and the rest
+            shares = ((b, q + d), (c, q), (n - b - c, 1 - d - 2 * q))
+            return -sum(k * math.log(max(p, 1e-300)) for k, p in shares if k)
+
+        low, high = max(0.0, -d), (1 - d) / 2
+        q = minimize_scalar(minus_log, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+        return (b - c - n * d) / math.sqrt(n * (2 * q + d - d * d))
+
+    edge = (b - c) / n
+    return brentq(lambda d: score(d) - side * z, *((-0.999, edge) if side > 0 else (edge, 0.999)))
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "n"), [(40, 20, 160), (3, 1, 30), (95, 85, 1273), (0, 4, 50), (12, 12, 40)]
+)
+def test_interval_of_a_paired_difference_by_maximum_likelihood(b, c, n):
+    low, high = mcnemar_difference(b, c, n)
+    assert low == pytest.approx(likelihood_bound(b, c, n, 1.959964, 1), abs=2e-5)
+    assert high == pytest.approx(likelihood_bound(b, c, n, 1.959964, -1), abs=2e-5)
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, n))))
+def test_interval_of_a_paired_difference_holds_it(nbc):
+    n, b, c = nbc
+    c = min(c, n - b)
+    low, high = mcnemar_difference(b, c, n)
+    assert -1 <= low <= (b - c) / n <= high <= 1 and low < high
+    assert mcnemar_difference(c, b, n) == pytest.approx((-high, -low), abs=1e-7)
+    z = abs(b - c) / math.sqrt(b + c) if b + c else 0.0
+    if abs(z - 1.959964) > 1e-4:
+        assert (low <= 0 <= high) == (z < 1.959964)  # the asymptotic McNemar test's answer
+
+
+def test_interval_of_a_paired_difference_at_the_ends():
+    assert mcnemar_difference(0, 0, 0) == (-1, 1)
+    assert mcnemar_difference(5, 0, 5)[1] == 1 and mcnemar_difference(0, 5, 5)[0] == -1
+    with pytest.raises(ValueError, match="discordant of 5"):
+        mcnemar_difference(3, 3, 5)
+
+
+@pytest.mark.parametrize(("n", "b", "c"), [(48, 0.15, 0.05), (100, 0.10, 0.10), (300, 0.02, 0.06)])
+def test_coverage_of_the_paired_difference(n, b, c):
+    draws = np.random.default_rng(7).multinomial(n, [b, c, 1 - b - c], size=1500)
+    known = {}
+    inside = 0
+    for first, second, _ in draws.tolist():
+        low, high = known.setdefault((first, second), mcnemar_difference(first, second, n))
+        inside += low <= b - c <= high
+    assert 0.93 <= inside / len(draws) <= 0.97
+
+
+def test_coverage_of_clopper_pearson_is_never_under_95():
+    for n, p in ((5, 0.1), (20, 0.5), (48, 0.9), (200, 0.03)):
+        inside = [clopper_pearson(k, n)[0] <= p <= clopper_pearson(k, n)[1] for k in range(n + 1)]
+        assert binom.pmf(np.arange(n + 1), n, p)[inside].sum() >= 0.95
+
+
+def test_coverage_of_the_bootstrap_interval():
+    generator = np.random.default_rng(11)
+    inside = 0
+    for _ in range(400):
+        values = generator.gamma(2.0, 10.0, 60)  # skewed, like sentence scores
+        low, high = bootstrap_interval(np.stack([values, np.ones(60)], 1), ratio, resamples=400)
+        inside += low <= 20 <= high
+    assert 0.90 <= inside / 400 <= 0.97
+
+
+def test_the_paired_bootstrap_seldom_sees_what_is_not_there():
+    """Two mixtures that differ by chance alone, 50 prompts: p < .05 in at most 7 of 100."""
+    generator = np.random.default_rng(12)
+    seen = 0
+    for _ in range(600):
+        level = generator.normal(30, 15, 50)
+        both = [np.stack([level + generator.normal(0, 6, 50), np.ones(50)], 1) for _ in range(2)]
+        seen += paired_bootstrap(*both, ratio, resamples=500).p < 0.05
+    assert seen / 600 <= 0.07
+
+
+def test_seeds_of_one_prompt_stay_together():
+    """Five yes/no answers a prompt: summed per prompt the test is right, taken as independent it is not."""
+    generator = np.random.default_rng(13)
+    together = apart = 0
+    for _ in range(300):
+        rates = generator.beta(0.3, 0.3, (2, 40))  # a prompt is answered much alike with every seed
+        answers = generator.binomial(1, rates[:, :, None], (2, 40, 5)).astype(float)
+        first, second = (np.stack([a.sum(1), np.full(40, 5.0)], 1) for a in answers)
+        together += paired_bootstrap(first, second, ratio, resamples=300).p < 0.05
+        flat = [np.stack([a.ravel(), np.ones(200)], 1) for a in answers]
+        apart += paired_bootstrap(*flat, ratio, resamples=300).p < 0.05
+    assert together / 300 <= 0.08 < 0.2 < apart / 300
+
+
+def test_power_of_mcnemar_is_that_of_simulated_tests():
+    generator = np.random.default_rng(14)
+    for share, gap, n in ((0.2, 0.035, 1273), (0.3, 0.15, 80), (0.05, 0.05, 157)):
+        b, c, _ = generator.multinomial(n, [(share + gap) / 2, (share - gap) / 2, 1 - share], 4000).T
+        seen = np.mean([mcnemar_exact(*pair) < 0.05 for pair in zip(b.tolist(), c.tolist(), strict=True)])
+        assert mcnemar_power(share, gap, n) == pytest.approx(seen, abs=0.025)
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "n"), [(95, 85, 1273), (12, 6, 48), (3, 1, 20), (30, 10, 100), (1, 0, 5), (700, 300, 5000)]
+)
+def test_needed_items_are_enough_and_not_too_many(b, c, n):
+    found = mcnemar_needed(b, c, n)
+    assert found == mcnemar_needed(c, b, n)
+    assert 0.8 <= mcnemar_power((b + c) / n, (b - c) / n, found) < 0.85
+    assert mcnemar_power((b + c) / n, (b - c) / n, found - 1) < 0.8
+    draws = np.random.default_rng(15).multinomial(found, [b / n, c / n, 1 - (b + c) / n], 1000)
+    seen = np.mean([mcnemar_exact(x, y) < 0.05 for x, y, _ in draws.tolist()])
+    assert 0.75 <= seen <= 0.85
+
+
+def test_needed_items_of_hopeless_and_of_large_cases():
+    assert mcnemar_needed(7, 7, 100) is None and mcnemar_needed(0, 0, 0) is None
+    assert mcnemar_needed(1001, 1000, 100_000) is None  # more than MOST_ITEMS
+    many = mcnemar_needed(1020, 1000, 100_000)
+    assert 1_000_000 < many < MOST_ITEMS
+    assert mcnemar_power(0.0202, 0.0002, many) == pytest.approx(0.8, abs=0.005)
+    assert mcnemar_needed(5, 0, 5) == 6  # five of five is p = .0625, six of six .031
+
+
+def test_power_gap():
+    assert power_gap(0.2, 1273) == pytest.approx(0.035, abs=5e-4)
+    assert power_gap(0.0, 100) is None and power_gap(0.02, 100) is None
+    for share, n in ((0.2, 1273), (0.4, 200), (0.05, 3000)):
+        gap = power_gap(share, n)
+        b, c = (share + gap) / 2 * 1e6, (share - gap) / 2 * 1e6
+        assert mcnemar_needed(round(b), round(c), 10**6) == pytest.approx(n, rel=0.08)
+        assert 0.75 <= mcnemar_power(share, gap, n) <= 0.8
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        power_gap(0.2, 100, power=1.0)
+
+
+def test_items_needed_by_the_bootstrap_are_enough():
+    """40 prompts show a gap; with as many prompts as it says, four of five fresh samples show it too."""
+    generator = np.random.default_rng(16)
+
+    def measured(n, gap):
+        level = generator.normal(30, 15, n)
+        return [np.stack([level + g + generator.normal(0, 6, n), np.ones(n)], 1) for g in (gap, 0.0)]
+
+    first, second = measured(40, 2.0)
+    change = (first - second)[:, 0]
+    first[:, 0] += 2.0 - change.mean()  # observed exactly
+    needed = bootstrap_needed(first, second, ratio)
+    error = change.std(ddof=1) / math.sqrt(40)
+    assert needed == pytest.approx(40 * (2.8016 * error / 2.0) ** 2, rel=0.1)
+    true = round(72 * (2.8016 / 2.0) ** 2)  # the difference of two normals of sd 6 has variance 72
+    seen = np.mean(
+        [paired_bootstrap(*measured(true, 2.0), ratio, resamples=300).p < 0.05 for _ in range(400)]
+    )
+    assert 0.75 <= seen <= 0.85
+    assert items_needed(2.0, math.sqrt(72 / 40), 40) == pytest.approx(true, abs=1)
+
+
+def test_items_needed_of_nothing():
+    same = np.stack([np.arange(9.0), np.ones(9)], 1)
+    assert bootstrap_needed(same, same, ratio) is None
+    assert bootstrap_needed(same[:1], same[:1] + 1, ratio) is None  # one item says nothing about its error
+    assert items_needed(1e-9, 1.0, 100) is None
+    assert items_needed(math.nan, 1.0, 100) is None
+
+
+def test_spread_over_seeds():
+    assert seed_spread([1.0, 2.0, 4.0]) == pytest.approx((np.mean([1, 2, 4]), np.std([1, 2, 4], ddof=1), 3))
+    mean, sd, n = seed_spread([5.0])
+    assert (mean, n) == (5, 1) and math.isnan(sd)
+    assert seed_spread([])[2] == 0 and math.isnan(seed_spread([])[0])
