@@ -14,36 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BadRecipeError
+from engine.evaluate.tasks.task import KINDS, SCORINGS, Task
 
-KINDS = ("generation", "multiple_choice", "probes", "perplexity")
-SCORINGS = ("letters", "options")
 DTYPES = ("bfloat16", "float16", "float32")
 COMPUTES = ("auto", "float32", "model")
 DEVICES = ("auto", "cpu", "cuda")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One data set and what is measured on it.
-
-    kind: `generation` (overlap metrics, think rate), `multiple_choice` (log-likelihood), `probes` (refusals)
-        or `perplexity` (held-out text).
-    limit: so many rows, spread evenly over the file (None: all).
-    scoring: multiple choice only. `letters`: which of " A", " B", ... is likeliest after the options were
-        listed; `options`: which whole option text is likeliest after the question alone.
-    references: generation only. Also score the reference answers (log-likelihood, perplexity).
-    max_tokens: perplexity only. Longer passages are cut there.
-    system: a system message before each prompt (generation and probes).
-    """
-
-    name: str
-    kind: str
-    data: Path
-    limit: int | None = None
-    scoring: str = "letters"
-    references: bool = True
-    max_tokens: int = 1024
-    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +40,43 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file, run through llama.cpp.
+
+    name: its label in tables.
+    path: the file.
+    """
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Server:
+    """An OpenAI-compatible server; only texts are taken from it.
+
+    name: its label in tables.
+    url: where it is, for example http://localhost:8000/v1.
+    model: which of its models (empty: the first that it lists).
+    api: `completions`: our template's text goes to /completions; `chat`: messages go to /chat/completions, and the
+        server's own template is used.
+    key_env: the name of the environment variable that holds the key. Never the key itself.
+    concurrency: so many requests at a time.
+    timeout: seconds a request may take.
+    retries: so many more tries when a request fails.
+    """
+
+    name: str
+    url: str
+    model: str = ""
+    api: str = "completions"
+    key_env: str = ""
+    concurrency: int = 8
+    timeout: float = 300.0
+    retries: int = 5
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """A checked config; every path is absolute.
 
@@ -73,7 +85,7 @@ class EvalConfig:
         arithmetic); `auto` takes float32 on a CPU without bf16 instructions, else `model`.
     """
 
-    base: Path
+    base: Path | None
     adapters: dict[str, Path]
     weights: tuple[dict[str, float], ...]
     tasks: tuple[Task, ...]
@@ -84,6 +96,8 @@ class EvalConfig:
     compute: str = "auto"
     device: str = "auto"
     batch_size: int = 16
+    gguf: tuple[GgufFile, ...] = ()
+    servers: tuple[Server, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values, readable by `parse_config`."""

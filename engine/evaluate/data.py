@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BadDataError
+from engine.evaluate.tasks.task import Task
 
 PROBE_KINDS = ("harmful", "safe", "advice")
 _NEEDED = {
@@ -37,6 +38,7 @@ class Sample:
     context: str = ""
     category: str = ""
     probe: str = ""  # harmful, safe, advice
+    instructions: tuple[dict[str, Any], ...] = ()  # ({"id": "punctuation:no_comma", "kwargs": {...}}, ...)
 
 
 def read_samples(path: Path, kind: str, limit: int | None = None) -> list[Sample]:
@@ -72,6 +74,11 @@ def read_samples(path: Path, kind: str, limit: int | None = None) -> list[Sample
     if limit is None or limit >= len(samples):
         return samples
     return [samples[k * len(samples) // limit] for k in range(limit)]
+
+
+def read_task(task: Task) -> list[Sample]:
+    """The samples of a task."""
+    return read_samples(task.data, task.kind, task.limit)
 
 
 def _sample(raw: Any, kind: str, where: str) -> Sample:
