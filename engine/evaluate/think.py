@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from engine.evaluate.reasoning import reasons_openly
 
-OPEN, CLOSE = "<think>", "</think>"
+OPEN = "<think>"
 KINDS = ("none", "closed", "empty", "unclosed", "untagged")
 
 _BLANK = r"[ \t]*"
@@ -134,8 +134,9 @@ def split_think(text: str, opened: bool = False) -> Thought:
 
 
 def ends_open(prompt: str) -> bool:
-    """Whether a prompt leaves a think block open for the model to go on in."""
-    return prompt.rfind(OPEN) > prompt.rfind(CLOSE)
+    """Whether a prompt leaves a think block open for the model to go on in: it ends in the tag (a question may talk
+    about `<think>` as well)."""
+    return prompt.rstrip().endswith(OPEN)
 
 
 def _tags(text: str) -> list[_Tag]:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 ALPHA = 0.05
+NOTHING = 1e-9  # a difference under this is a float's
 POWER_WORDS = "with 80% power"
 _MOST_DIGITS = 6
 
@@ -55,7 +56,7 @@ def comparison(row: Compared) -> str:
     if row.p is None or not math.isfinite(row.p):
         return f"{start}, not tested (n = {row.n:,})"
     test = f"at n = {row.n:,} ({_test(row)})"
-    if row.difference == 0:
+    if abs(row.difference) < NOTHING:
         return f"{start}, not distinguishable {test}; no difference at all was observed{_least(row, unit)}"
     deciding = row.p if row.p_holm is None else row.p_holm
     if deciding < ALPHA:
@@ -82,7 +83,9 @@ def _test(row: Compared) -> str:
 def _least(row: Compared, unit: str) -> str:
     if row.least is None:
         return ""
-    return f"; {number(row.least, row.digits)}{unit} would have been enough"
+    step = 10**row.digits
+    least = math.ceil(row.least * step - 1e-9) / step  # never less than would do
+    return f"; {number(least, row.digits)}{unit} would have been enough"
 
 
 def _needed(row: Compared) -> str:
@@ -110,10 +113,11 @@ def probability(p: float, alpha: float = ALPHA) -> str:
 
 def number(value: float, digits: int = 1) -> str:
     """With thousands separators; more digits where those asked for would show 0 for what is not."""
-    while digits < _MOST_DIGITS and value and not float(f"{value:.{digits}f}"):
+    if abs(value) < NOTHING:
+        return f"{0:.{digits}f}"
+    while digits < _MOST_DIGITS and not float(f"{value:.{digits}f}"):
         digits += 1
-    text = f"{value:,.{digits}f}"
-    return text.removeprefix("-") if not float(text.replace(",", "")) else text
+    return f"{value:,.{digits}f}" if float(f"{value:.{digits}f}") else f"{value:.1g}"
 
 
 def signed(value: float, digits: int = 1) -> str:

@@ -62,6 +62,7 @@ def test_prompts_that_leave_it_open():
     assert ends_open("<|im_start|>assistant\n<think>\n")
     assert not ends_open("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not ends_open("<|im_start|>assistant\n")
+    assert not ends_open("<|im_start|>user\nWhat is <think> for?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_share_of_the_thought():

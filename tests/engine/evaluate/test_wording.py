@@ -28,6 +28,7 @@ def test_not_distinguishable():
         "2.5 points would have been enough; about 4,900 items would be needed to see it with 80% power"
     )
     assert "enough" not in say(least=None)
+    assert "; 2.6 points would have been enough" in say(least=2.51)  # 2.5 would not have been
     assert say(needed=None).endswith("enough; more than 10 million items would be needed to see it")
 
 
@@ -99,13 +100,14 @@ def test_a_shown_p_is_on_its_side_of_alpha(p):
 @given(st.floats(-1e6, 1e6))
 def test_signs_are_never_rounded_away(value):
     shown = float(signed(value).replace(",", ""))
-    if abs(value) > 1e-6:
+    if abs(value) > 1e-9:
         assert (shown > 0) == (value > 0) and (shown < 0) == (value < 0)
     assert signed(value) != "-0.0" and "−" not in signed(value)
     assert abs(shown - value) <= 0.05 + 1e-9
 
 
 def test_numbers():
+    assert signed(-3.2e-8) == "-3e-08" and signed(1e-17) == "0.0"
     assert (number(1234.56), number(0.04), number(-0.0), signed(-0.0), signed(0.0)) == (
         "1,234.6", "0.04", "0.0", "0.0", "0.0",
     )  # fmt: skip
