@@ -83,6 +83,12 @@ class ChildFailedError(MedmergeError):
     title = "Child process failed"
 
 
+class ServerError(MedmergeError):
+    """A server that answers evaluations gave up, refused, or sent what cannot be used."""
+
+    title = "Server failed"
+
+
 class CancelledError(MedmergeError):
     """The user (or a signal) asked to stop."""
 

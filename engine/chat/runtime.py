@@ -31,6 +31,7 @@ class _Log:
 
     def __init__(self) -> None:
         self.last: deque[str] = deque(maxlen=20)
+        self.muted = False  # kept for `reason`, not shown
         self._showing = False
         self.callback = llama_cpp.llama_log_callback(self._hear)  # kept: llama.cpp calls it
 
@@ -39,8 +40,9 @@ class _Log:
         if self._showing:
             line = text.decode("utf-8", "replace")
             self.last.append(line)
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            if not self.muted:
+                sys.stderr.write(line)
+                sys.stderr.flush()
 
     def listen(self) -> None:
         llama_cpp.llama_log_set(self.callback, None)

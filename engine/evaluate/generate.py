@@ -99,7 +99,7 @@ def generate(
                 finish[index] = "stop"
                 continue
             new[index].append(token)
-            if stops.strings and _ended(tokenizer, new[index], stops):
+            if stops.strings and ended(tokenizer, new[index], stops):
                 finish[index] = "stop"
             elif len(new[index]) < min(decoding.max_new_tokens, window - len(prompts[index])):
                 keep.append(row)
@@ -112,7 +112,7 @@ def generate(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return [
-        Generated(_text(tokenizer, tokens, stops), finish[n], len(prompts[n]), len(tokens))
+        Generated(answer_text(tokenizer, tokens, stops), finish[n], len(prompts[n]), len(tokens))
         for n, tokens in enumerate(new)
     ]
 
@@ -147,12 +147,14 @@ def pick(logits: torch.Tensor, decoding: Decoding, streams: Sequence[torch.Gener
     return drawn
 
 
-def _ended(tokenizer: Any, tokens: list[int], stops: Stops) -> bool:
+def ended(tokenizer: Any, tokens: list[int], stops: Stops) -> bool:
+    """Whether an answer has come to a stop string."""
     tail = tokenizer.decode(tokens[-_TAIL:], clean_up_tokenization_spaces=False)
     return any(mark in tail for mark in stops.strings)
 
 
-def _text(tokenizer: Any, tokens: list[int], stops: Stops) -> str:
+def answer_text(tokenizer: Any, tokens: list[int], stops: Stops) -> str:
+    """The text of an answer's tokens before any stop string; special tokens are kept."""
     text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     for mark in stops.strings:
         text = text.partition(mark)[0]
