@@ -24,7 +24,9 @@ from engine.evaluate.prompts import messages_of, prompt_of
 from engine.evaluate.rows import Row, answer_row, finished
 
 _LENGTH = ("length", "max_tokens")
-_EXTRA = ("top_k", "min_p")  # no part of OpenAI's own API, but of nearly every other server's
+# No part of OpenAI's own API, but of most others', and some have defaults that change texts (llama-cpp-python's server
+# punishes repetition, vLLM takes the model's generation_config): sent so that nothing is drawn otherwise than we say.
+_EXTRA = ("top_k", "min_p", "repeat_penalty", "repetition_penalty")
 
 
 class ServerBackend:
@@ -104,7 +106,8 @@ class ServerWork:
         log: Callable[[str], None],
     ) -> None:
         self.client, self.model, self.server, self.cell, self.samples = client, model, server, cell, samples
-        self._template, self._log, self._extra = template, log, True
+        self._template, self._log = template, log
+        self._refused: set[str] = set()
         self.prompts = [self._prompt(sample) for sample in samples]
         size = max(1, server.concurrency)
         self.batches = [list(range(n, min(n + size, len(samples)))) for n in range(0, len(samples), size)]
@@ -143,20 +146,23 @@ class ServerWork:
         return finished(sample, prompt, row)
 
     def _ask(self, index: int) -> dict[str, Any]:
+        """The server's answer. Fields it says it does not know are left out from then on, if they ask for nothing."""
         body = self._body(index)
         path = "/chat/completions" if self._template is None else "/completions"
-        try:
-            return self.client.post(path, body)
-        except Refused as refused:
-            named = [name for name in _EXTRA if name in body and name in refused.words]
-            if not named or body.get("top_k") or refused.status not in (400, 422):
-                raise
-        if self._extra:
-            self._extra = False
-            self._log(
-                f"server {self.server.name} does not take {', '.join(named)}: its own defaults are in force"
-            )
-        return self.client.post(path, {name: value for name, value in body.items() if name not in _EXTRA})
+        while True:
+            sent = {name: value for name, value in body.items() if name not in self._refused}
+            try:
+                return self.client.post(path, sent)
+            except Refused as refused:
+                named = [name for name in _EXTRA if name in sent and name in refused.words]
+                asked_for = "top_k" in named and body["top_k"]
+                if not named or asked_for or refused.status not in (400, 422):
+                    raise
+            if new := [name for name in named if name not in self._refused]:
+                self._refused.update(new)
+                self._log(
+                    f"server {self.server.name} takes no {', '.join(new)}: its own defaults are in force"
+                )
 
     def _body(self, index: int) -> dict[str, Any]:
         """What is sent. Every setting that draws is sent, so that no default of the server's mixes in silently."""
@@ -166,15 +172,16 @@ class ServerWork:
             "max_tokens": decoding.max_new_tokens,
             "temperature": decoding.temperature,
             "stream": False,
+            "repeat_penalty": 1.0,
+            "repetition_penalty": 1.0,
         }
         if self._template is None:
             body["messages"] = [dict(message) for message in messages_of(self.cell, sample)]
         else:
             body |= {"prompt": self.prompts[index], "stop": list(self._template.stop), "echo": False}
         if not decoding.greedy:
-            body |= {"top_p": decoding.top_p, "seed": seed_of(self.cell.seed or 0, sample.id)}
-            if self._extra:
-                body |= {"top_k": decoding.top_k, "min_p": 0.0}
+            body |= {"top_p": decoding.top_p, "top_k": decoding.top_k, "min_p": 0.0}
+            body["seed"] = seed_of(self.cell.seed or 0, sample.id)
         return body
 
 

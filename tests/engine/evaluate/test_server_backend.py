@@ -29,7 +29,7 @@ from engine.evaluate.data import Sample
 from engine.evaluate.rows import Row
 from engine.gguf.convert import Conversion, convert
 from engine.jobs.events import EventWriter
-from tests.conftest import build_model
+from tests.conftest import build_model, build_tokenizer
 from tests.engine.evaluate.test_job import params, rows_on_disk
 
 KEY = "sk-very-secret-0123"
@@ -40,12 +40,20 @@ KEY = "sk-very-secret-0123"
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory) -> Path:
-    """A random model whose greedy text is no close call (its last norm is large)."""
+    """A random model whose greedy text is no close call (its last norm is large), and of ASCII letters: where bytes
+    are no text, llama-cpp-python's server drops them and goes past the limit.
+    """
     from safetensors.torch import load_file, save_file
 
     folder = build_model("llama", tmp_path_factory.mktemp("model") / "m", 5, "float32")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] *= 12
+    tokenizer = build_tokenizer()
+    texts = [tokenizer.decode([token]) for token in range(384)]
+    odd = [
+        n for n, text in enumerate(texts) if n != 2 and not (text.isascii() and text.isprintable() and n > 2)
+    ]
+    tensors["lm_head.weight"][odd] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     out = folder.parent / "m.gguf"
     convert(Conversion.plan(folder), out, "f32", EventWriter())
@@ -134,17 +142,16 @@ def test_greedy_texts_are_those_of_the_file(llama, gguf, data, tmp_path):
         for c in cells
     }
     assert {key[1:] for key in found if key[0] != "file"} == {("qa", "generation"), ("safety", "probes")}
-    for (name, task, kind), theirs in found.items():
-        if name == "file":
+    for (model, task, kind), theirs in found.items():
+        if model == "file":
             continue
         ours = {row["id"]: row for row in found["file", task, kind]}
         for row in theirs:
             mine = ours[row["id"]]
-            # the server drops bytes that are no text, and special tokens; both have their tokens counted
-            assert row["raw"] == mine["raw"].replace("�", "").replace("<|endoftext|>", "")
-            assert (row["finish"], row["prompt_tokens"]) == (mine["finish"], mine["prompt_tokens"])
+            for name in ("raw", "finish", "prompt_tokens"):
+                assert row[name] == mine[name]
             assert row["served"] == str(gguf)
-            assert (row["prompt_sha256"] == mine["prompt_sha256"]) == (name == "completions")
+            assert (row["prompt_sha256"] == mine["prompt_sha256"]) == (model == "completions")
     assert len({row["raw"] for row in found["completions", "qa", "generation"]}) > 4
 
 
@@ -418,7 +425,7 @@ def test_completions_get_our_text_and_every_setting(bad, data):
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 1?<|im_end|>\n<|im_start|>assistant\n"
     assert body == {
         "model": "first", "prompt": text, "max_tokens": 256, "temperature": 0, "stop": ["<|im_end|>"],
-        "echo": False, "stream": False,
+        "echo": False, "stream": False, "repeat_penalty": 1, "repetition_penalty": 1,
     }  # fmt: skip
     sampled = {entry[2]["prompt"]: entry[2] for entry in bad.asked[3:]}
     assert sampled[text] == {
@@ -431,10 +438,9 @@ def test_a_server_that_knows_no_top_k(bad, data):
     refusal = says({"error": {"message": "Unrecognized request argument supplied: top_k"}}, 400)
     bad.script = [refusal]
     assert len(ask(bad, data, warm=True, concurrency=1)) == 3
-    assert [("top_k" in body, "min_p" in body) for _, _, body in bad.asked] == [(True, True)] + [
-        (False, False)
-    ] * 3
-    assert len(bad.__dict__["said"]) == 1 and "does not take top_k" in bad.__dict__["said"][0]
+    assert ["top_k" in body for _, _, body in bad.asked] == [True, False, False, False]
+    assert all("min_p" in body for _, _, body in bad.asked)
+    assert len(bad.__dict__["said"]) == 1 and "takes no top_k:" in bad.__dict__["said"][0]
     bad.script = [refusal]
     with pytest.raises(Refused, match="top_k"):  # asked for, so not left out
         ask(bad, data, warm=True, top_k=20, concurrency=1)
