@@ -8,17 +8,17 @@ a resumed cell has the rows of one that was not interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
 from engine import templates
 from engine.chat.runtime import Model, supports_gpu
 from engine.errors import BadDataError, BadModelError, BadTensorFileError
 from engine.evaluate import choice
+from engine.evaluate.backends.scores import MOST_SEQUENCES, Scored, logprobs_of, parts_of, tokens_of
 from engine.evaluate.backends.sequences import Piece, Sequences
 from engine.evaluate.cells import TEXT_KINDS, Cell
 from engine.evaluate.config import Decoding, GgufFile
@@ -30,10 +30,6 @@ from engine.evaluate.rows import Row, answer_row, choice_row, finished, referenc
 from engine.gguf.convert import SOURCE_KEY
 
 ROOM = 32768  # tokens of prompts and answers kept at a time: 3.5 GB for an 8B model (16-bit keys and values)
-MOST_SEQUENCES = 64
-
-# (context, what may follow it): token ids
-Scored = tuple[Sequence[int], Sequence[Sequence[int]]]
 
 
 class GgufBackend:
@@ -49,11 +45,8 @@ class GgufBackend:
             self.model = Model(file.path, gpu_layers=layers)
         except BadTensorFileError as error:
             raise BadModelError(error.message, error.hint) from error
-        if self.model.vocabulary <= 0 or self.model.metadata("tokenizer.ggml.model") in (
-            "",
-            "none",
-            "no_vocab",
-        ):
+        kind = self.model.metadata("tokenizer.ggml.model")
+        if self.model.vocabulary <= 0 or kind in ("", "none", "no_vocab"):
             self.model.close()
             raise BadModelError(
                 f"{file.path} holds no tokenizer, so no text can be asked of it",
@@ -175,7 +168,9 @@ class GgufWork:
             raise BadDataError(
                 f"sample {self.samples[index].id}: it has {tokens} tokens, and the context of "
                 f"{self.backend.file.path.name} is {self._window}",
-                "shorten that sample, or leave it out",
+                "lower the task's max_tokens"
+                if self.cell.kind == "perplexity"
+                else "shorten that sample, or leave it out",
             )
 
     # answers
@@ -267,14 +262,14 @@ class GgufWork:
         for index, groups in enumerate(self._scored):
             for context, answers in groups:
                 self._fits(index, max(len(context) + len(answer) for answer in answers))
-        return [sum(_tokens(group) for group in groups) for groups in self._scored]
+        return [sum(tokens_of(group) for group in groups) for groups in self._scored]
 
     def _scores(self, batch: Sequence[int]) -> list[Row]:
         groups = [(i, group) for i in batch for group in self._scored[i]]
         found: dict[int, list[list[float]]] = {i: [] for i in batch}
-        for part in _parts(groups):
+        for part in parts_of(groups):
             memory = self.backend.room(*self._sizes)
-            for (i, _), logprobs in zip(part, _logprobs(memory, [group for _, group in part]), strict=True):
+            for (i, _), logprobs in zip(part, logprobs_of(memory, [group for _, group in part]), strict=True):
                 found[i] += logprobs
         return [self._score_row(i, found[i]) for i in batch]
 
@@ -291,61 +286,10 @@ class GgufWork:
         parts = [
             part
             for batch in self.batches
-            for part in _parts([(i, group) for i in batch for group in self._scored[i]])
+            for part in parts_of([(i, group) for i in batch for group in self._scored[i]])
         ]
         count = max((sum(len(group[1]) for _, group in part) for part in parts), default=1)
-        return count, _padded(max((sum(_tokens(group) for _, group in part) for part in parts), default=1))
-
-
-def _parts(groups: Sequence[tuple[int, Scored]]) -> Iterator[list[tuple[int, Scored]]]:
-    """The groups of a batch in parts of at most MOST_SEQUENCES continuations (one group is always allowed)."""
-    part: list[tuple[int, Scored]] = []
-    count = 0
-    for index, group in groups:
-        if part and count + len(group[1]) > MOST_SEQUENCES:
-            yield part
-            part, count = [], 0
-        part.append((index, group))
-        count += len(group[1])
-    if part:
-        yield part
-
-
-def _logprobs(memory: Sequences, groups: Sequence[Scored]) -> list[list[list[float]]]:
-    """log P(token | all before it) in nats for each token of each continuation of each group's context.
-
-    A context is read once for all its continuations. Log-softmax of float32 logits, summed in float64.
-    """
-    found: list[list[list[float]]] = [[[] for _ in answers] for _, answers in groups]
-    pieces: list[Piece] = []
-    what: list[tuple[int, int]] = []  # (group, continuation; -1: the context) of each piece
-    first = 0
-    for number, (context, answers) in enumerate(groups):
-        owners = tuple(range(first, first + len(answers)))
-        first += len(answers)
-        pieces.append(Piece(owners, 0, context, frozenset({len(context) - 1})))
-        what.append((number, -1))
-        for k, answer in enumerate(answers):
-            if len(answer) > 1:
-                inputs = answer[:-1]
-                pieces.append(Piece((owners[k],), len(context), inputs, frozenset(range(len(inputs)))))
-                what.append((number, k))
-    for piece, index, logits in memory.read(pieces):
-        number, k = what[piece]
-        answers = groups[number][1]
-        top = logits.max()
-        total = float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
-        if k < 0:
-            for n, answer in enumerate(answers):
-                found[number][n].append(float(logits[answer[0]]) - total)
-        else:
-            found[number][k].append(float(logits[answers[k][index + 1]]) - total)
-    return found
-
-
-def _tokens(group: Scored) -> int:
-    context, answers = group
-    return len(context) + sum(len(answer) for answer in answers)
+        return count, _padded(max((sum(tokens_of(group) for _, group in part) for part in parts), default=1))
 
 
 def _padded(tokens: int) -> int:

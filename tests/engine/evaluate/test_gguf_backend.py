@@ -23,7 +23,7 @@ from engine.gguf.convert import Conversion, convert
 from engine.jobs.events import EventWriter
 from engine.weights import Checkpoint
 from tests.conftest import build_model
-from tests.engine.evaluate.test_job import Stop, params, rows_on_disk
+from tests.engine.evaluate.test_job import params, rows_on_disk
 
 RANDOM = {"qwen3": (9, 302), "llama": (5, 98)}  # seed; a token that the model made from it is fond of
 
@@ -166,6 +166,20 @@ def test_a_batch_does_not_depend_on_what_ran_before(config):
         backend.close()
 
 
+class StopOnce(EventWriter):
+    """Cancels the job at its n-th progress event, once, as a signal does."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def progress(self, *args: Any, **kwargs: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise CancelledError("cancelled")
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3"], indirect=True)
 @pytest.mark.parametrize("after", [3, 30])
 def test_a_run_of_files_and_its_resumption(after, config, tmp_path):
     """Checkpoint, float32 and Q8_0 in one run; and a run of the files alone, stopped and resumed."""
@@ -185,11 +199,12 @@ def test_a_run_of_files_and_its_resumption(after, config, tmp_path):
     assert found["q8_0", "text", "perplexity"] != found["f32", "text", "perplexity"]
     assert found["q8_0", "text", "perplexity"] == pytest.approx(found["f32", "text", "perplexity"], rel=0.2)
     with pytest.raises(CancelledError):
-        job.run(params(config, broken), Stop(after))
+        job.run(params(config, broken), StopOnce(after))
     job.run(params(config, broken, resume=True), EventWriter())
     assert rows_on_disk(broken) == rows_on_disk(whole)
 
 
+@pytest.mark.parametrize("checkpoint", ["qwen3"], indirect=True)
 def test_files_that_cannot_be_asked(config, ggufs, checkpoint, tmp_path):
     torn = tmp_path / "torn.gguf"
     torn.write_bytes(ggufs["f32"].read_bytes()[:100_000])
@@ -207,6 +222,7 @@ def test_files_that_cannot_be_asked(config, ggufs, checkpoint, tmp_path):
     assert {row["model"] for row in result["rows"]} == {"whole"}
 
 
+@pytest.mark.parametrize("checkpoint", ["qwen3"], indirect=True)
 def test_no_tokenizer_no_template_and_too_long(config, checkpoint, ggufs, tmp_path, write_jsonl):
     bare = copy_without(checkpoint, tmp_path, "chat_template.jinja")
     parsed = parse_config(config)

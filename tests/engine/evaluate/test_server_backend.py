@@ -133,13 +133,18 @@ def test_greedy_texts_are_those_of_the_file(llama, gguf, data, tmp_path):
         {"name": "chat", "url": llama.url, "api": "chat", "concurrency": 2},
     ]
     config = config_for(data, *servers, gguf=[{"name": "file", "path": str(gguf)}])
+    config["templates"].append("chatml")
     result = job.run(params(config, tmp_path / "runs" / "a"), EventWriter())
     assert result["exit_code"] == 0 and not result["failed"]
     cells = json.loads((tmp_path / "runs" / "a" / "cells.json").read_text())["cells"]
     rows = rows_on_disk(tmp_path / "runs" / "a")
+    templates = {(c["spec"]["model"]["name"], c["spec"]["template"]) for c in cells if c["spec"]["template"]}
+    assert {name for model, name in templates if model == "chat"} == {"server"}  # asked once
+    assert len(templates) == 5
     found = {
         (c["spec"]["model"]["name"], c["spec"]["task"]["name"], c["spec"]["kind"]): rows[c["hash"]]
         for c in cells
+        if c["spec"]["template"] != "chatml"
     }
     assert {key[1:] for key in found if key[0] != "file"} == {("qa", "generation"), ("safety", "probes")}
     for (model, task, kind), theirs in found.items():
