@@ -6,21 +6,18 @@ and resumed cell has the very batches, and rows, of one that was not.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 from engine import templates
 from engine.evaluate import choice
-from engine.evaluate.cells import Cell
+from engine.evaluate.cells import TEXT_KINDS, Cell
 from engine.evaluate.config import Decoding
 from engine.evaluate.data import Sample
 from engine.evaluate.generate import find_stops, generate
 from engine.evaluate.likelihood import continuation_logprobs, length_batches
 from engine.evaluate.live import LiveModel
-from engine.evaluate.think import ends_open, split_think
-
-Row = dict[str, Any]
+from engine.evaluate.prompts import prompt_of
+from engine.evaluate.rows import Row, answer_row, choice_row, finished, reference_row, text_row
 
 
 class CellWork:
@@ -30,40 +27,25 @@ class CellWork:
         self.live, self.cell, self.samples = live, cell, samples
         self.prompts = [self._prompt(sample) for sample in samples]
         prepare = {
-            "generation": self._prepare_generation,
-            "probes": self._prepare_generation,
             "references": self._prepare_references,
             "multiple_choice": self._prepare_choice,
             "perplexity": self._prepare_text,
-        }[cell.kind]
+        }.get(cell.kind, self._prepare_generation)
         lengths = prepare()
         self.batches = length_batches(lengths, cell.spec["batch_size"], **self._budget)
 
     def run(self, batch: Sequence[int]) -> list[Row]:
         """The rows of these samples, each with `id` and `prompt_sha256`."""
         measure = {
-            "generation": self._generate,
-            "probes": self._generate,
             "references": self._references,
             "multiple_choice": self._choose,
             "perplexity": self._text,
-        }[self.cell.kind]
+        }.get(self.cell.kind, self._generate)
         rows = measure(batch)
-        return [
-            {"id": self.samples[i].id, "prompt_sha256": sha256(self.prompts[i]), **row}
-            for i, row in zip(batch, rows, strict=True)
-        ]
+        return [finished(self.samples[i], self.prompts[i], row) for i, row in zip(batch, rows, strict=True)]
 
     def _prompt(self, sample: Sample) -> str:
-        """The text exactly as the model gets it, before its tokens."""
-        if self.cell.kind == "perplexity":
-            return sample.prompt
-        if self.cell.kind == "multiple_choice":
-            return choice.choice_prompt(sample, self.cell.task.scoring)
-        messages = [{"role": "user", "content": sample.prompt}]
-        if self.cell.task.system:
-            messages.insert(0, {"role": "system", "content": self.cell.task.system})
-        return self._template.prompt(messages)
+        return prompt_of(self.cell, sample, self._template if self.cell.template else None)
 
     @property
     def _template(self) -> templates.Template:
@@ -74,7 +56,7 @@ class CellWork:
     @property
     def _budget(self) -> dict[str, int]:
         """Generation makes logits for one position only: its batches are bounded by their count alone."""
-        return {"tokens": 2**31} if self.cell.kind in ("generation", "probes") else {}
+        return {"tokens": 2**31} if self.cell.kind in TEXT_KINDS else {}
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a rendered conversation, which holds its special tokens already."""
@@ -98,20 +80,13 @@ class CellWork:
             self.cell.seed or 0,
             self._stops,
         )
-        rows = []
-        for i, answer in zip(batch, answers, strict=True):
-            thought = split_think(answer.raw, opened=ends_open(self.prompts[i]))
-            sample = self.samples[i]
-            row: Row = {
-                "raw": answer.raw, "text": thought.answer, "think": thought.kind, "finish": answer.finish,
-                "prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens,
-            }  # fmt: skip
-            if self.cell.kind == "probes":
-                row |= {"category": sample.category, "probe": sample.probe}
-            else:
-                row["reference"] = sample.reference
-            rows.append(row)
-        return rows
+        return [
+            answer_row(
+                self.cell, self.samples[i], self.prompts[i], answer.raw, answer.finish, answer.prompt_tokens,
+                answer.new_tokens,
+            )
+            for i, answer in zip(batch, answers, strict=True)
+        ]  # fmt: skip
 
     # likelihood of reference answers, after the prompt of the generation task
 
@@ -124,10 +99,7 @@ class CellWork:
 
     def _references(self, batch: Sequence[int]) -> list[Row]:
         scored = continuation_logprobs(self.live.model, [self._pairs[i] for i in batch])
-        return [
-            {"logprob": sum(logprobs), "tokens": len(logprobs), "reference": self.samples[i].reference}
-            for i, logprobs in zip(batch, scored, strict=True)
-        ]
+        return [reference_row(self.samples[i], found) for i, found in zip(batch, scored, strict=True)]
 
     # multiple choice
 
@@ -148,21 +120,7 @@ class CellWork:
 
     def _choose(self, batch: Sequence[int]) -> list[Row]:
         scores = choice.score_choices(self.live.model, [self._options[i] for i in batch])
-        rows = []
-        for i, logprobs in zip(batch, scores, strict=True):
-            sample = self.samples[i]
-            by_length = [x / max(1, len(o)) for x, o in zip(logprobs, sample.options, strict=True)]
-            rows.append(
-                {
-                    "scoring": self.cell.task.scoring,
-                    "options": list(sample.options),
-                    "answer": sample.answer,
-                    "logprobs": logprobs,
-                    "chosen": choice.best(logprobs),
-                    "chosen_norm": choice.best(by_length),
-                }
-            )
-        return rows
+        return [choice_row(self.cell, self.samples[i], found) for i, found in zip(batch, scores, strict=True)]
 
     # perplexity of held-out text: each passage alone
 
@@ -178,12 +136,7 @@ class CellWork:
         pairs = [(self._ids[i][:1], self._ids[i][1:]) for i in batch]
         scored = continuation_logprobs(self.live.model, [pair for pair in pairs if pair[1]])
         left = iter(scored)
-        rows = []
-        for i, pair in zip(batch, pairs, strict=True):
-            logprobs = next(left) if pair[1] else []
-            rows.append({"logprob": sum(logprobs), "tokens": len(logprobs), "cut": self._cut[i]})
-        return rows
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        return [
+            text_row(next(left) if pair[1] else [], self._cut[i])
+            for i, pair in zip(batch, pairs, strict=True)
+        ]

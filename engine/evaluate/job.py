@@ -1,7 +1,8 @@
 """The evaluation job: every cell of a config measured on one loaded model, rows kept as they come.
 
 Target `engine.evaluate.job:run` with params {"config": resolved config, "out": run folder, "mode": "eval" |
-"sweep", "resume": bool}. Stopping it at any point loses at most the batch it is in.
+"sweep", "resume": bool, "executor": "local" | "ray", "ray_address"}. Stopping it at any point loses at most the
+batch it is in.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from engine import template_check
-from engine.errors import BadRecipeError
+from engine.evaluate import local
+from engine.evaluate.bench import Bench, stamps_of
 from engine.evaluate.cells import Cell, Identity, plan_cells
-from engine.evaluate.config import EvalConfig, parse_config
-from engine.evaluate.data import Sample, read_samples
+from engine.evaluate.choice import shuffled
+from engine.evaluate.config import EvalConfig, Server, Task, parse_config
+from engine.evaluate.data import Sample, read_task
+from engine.evaluate.recorder import Recorder
 from engine.evaluate.store import RunStore
 from engine.gguf.trained import trained_in
 from engine.jobs.events import EventWriter
@@ -29,43 +33,88 @@ ADVICE = "templates: [{name}]"  # how a config chooses one
 def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     """Measure everything the config asks for; returns the table.
 
-    Result: {"run": folder, "rows": metric rows, "cells": how many, "reused": taken from other runs, "trained_on":
-    {label: {name, sha256, same}} of adapters that name the hash of their base, "warnings": sentences,
-    "seconds": wall time, "exit_code": 0}. With `strict_base` another base than an adapter's own is refused.
+    Result: {"run": folder, "rows": metric rows, "cells": how many, "reused": taken from other runs, "failed": {cell:
+    reason}, "trained_on": {label: {name, sha256, same}} of adapters that name the hash of their base, "warnings":
+    sentences, "seconds": wall time, "exit_code": 0, or 3 when a cell failed}. With `strict_base` another base than an
+    adapter's own is refused.
     """
     started = time.monotonic()
     mode = str(params.get("mode", "sweep"))
     config = parse_config(params["config"], "config", mode=mode)
     store = RunStore(Path(params["out"]))
-    samples = {task.name: read_samples(task.data, task.kind, task.limit) for task in config.tasks}
-    base = Checkpoint.open(config.base)
+    samples = {task.name: samples_of(task) for task in config.tasks}
+    stamps = stamps_of(config)
+    base = Checkpoint.open(config.base) if config.base else None
     adapters = {label: Adapter.open(path) for label, path in config.adapters.items()}
-    for adapter in adapters.values():
-        adapter.match(base)
     warnings = warn_about_templates(config, adapters, events)
+    bases: dict[str, Any] = {}
+    if base is not None:
+        for adapter in adapters.values():
+            adapter.match(base)
     identity = _identify(config, base, adapters, events)
-    bases, others = compare_with_base(adapters, base, events, bool(params.get("strict_base", False)))
+    if base is not None:
+        bases, others = compare_with_base(adapters, base, events, bool(params.get("strict_base", False)))
+        warnings += others
+    doubtful = doubts_about(config, base, identity)
+    for words in doubtful.values():
+        events.warning(words)
+    warnings += list(doubtful.values())
     cells = plan_cells(config, identity)
     with store.writing(config.to_dict(), bool(params.get("resume", False))):
-        store.write_cells(mode, cells)
+        recorder = Recorder(store, samples, cells, events, mode, stamps, warnings, doubtful)
+        recorder.write_cells()
         reused = _reuse(store, cells, events)
-        _measure(_Session(config, base, adapters, store, samples, cells, events))
-        store.write_cells(mode, cells)
+        _measure(config, recorder, params, events)
+        recorder.write_cells()
         from engine.evaluate.tables import compute
 
         rows = [row.to_dict() for row in compute(store.folder, write=True)]
         for row in rows:
             events.row(**row)
+    titles = {cell.hash: cell.title for cell in cells}
     return {
         "run": str(store.folder),
         "rows": rows,
         "cells": len(cells),
         "reused": reused,
+        "failed": {titles[key]: reason for key, reason in recorder.failed.items()},
         "trained_on": bases,
-        "warnings": [*warnings, *others],
+        "warnings": warnings,
         "seconds": round(time.monotonic() - started, 1),
-        "exit_code": 0,
+        "exit_code": 3 if recorder.failed else 0,
     }
+
+
+def samples_of(task: Task) -> list[Sample]:
+    """The samples of a task as they are asked: read, checked, and their options shuffled where it says so."""
+    samples = read_task(task)
+    return samples if task.shuffle is None else [shuffled(sample, task.shuffle) for sample in samples]
+
+
+def _measure(config: EvalConfig, recorder: Recorder, params: Mapping[str, Any], events: EventWriter) -> None:
+    """Measure what is not done, here or on a Ray cluster."""
+    cells = recorder.todo()
+    if params.get("executor") == "ray":
+        from engine.evaluate import ray_executor
+
+        workers = int(params.get("workers") or 0)
+        ray_executor.measure(config, recorder, cells, str(params.get("ray_address") or ""), workers)
+        return
+    bench = Bench(config, events.log)
+    try:
+        local.measure(bench, recorder, cells)
+    finally:
+        bench.close()
+
+
+def doubts_about(config: EvalConfig, base: Checkpoint | None, identity: Identity) -> dict[str, str]:
+    """What verification left against the models, by label ("" for the base and all its mixtures)."""
+    from engine.evaluate.trust import doubts
+
+    found = {"": "; ".join(doubts(base.folder, base.sha256))} if base is not None else {}
+    for file in config.gguf:
+        found[file.name] = "; ".join(doubts(file.path, {file.path.name: identity.gguf[file.name]}))
+    return {label: words for label, words in found.items() if words}
 
 
 def warn_about_templates(
@@ -73,7 +122,11 @@ def warn_about_templates(
 ) -> list[str]:
     """Say when an adapter, or one inside the base, was trained with another chat template than one used here, or
     with an unknown one. Returns what was said."""
-    if not any(task.kind in ("generation", "probes") for task in config.tasks):
+    asked = any(
+        task.kind in ("generation", "probes", "instructions") or task.scoring == "generated"
+        for task in config.tasks
+    )
+    if config.base is None or not asked:
         return []
     trained = [of_adapter(label, adapter) for label, adapter in adapters.items()] + trained_in(config.base)
     said = [
@@ -103,8 +156,10 @@ def compare_with_base(
 
 
 def _identify(
-    config: EvalConfig, base: Checkpoint, adapters: Mapping[str, Adapter], events: EventWriter
+    config: EvalConfig, base: Checkpoint | None, adapters: Mapping[str, Adapter], events: EventWriter
 ) -> Identity:
+    if base is None:
+        return Identity.of(None, {}, "", "", "", config.gguf)
     from engine.evaluate.live import pick_compute, pick_device
 
     device = pick_device(config.device)
@@ -112,96 +167,16 @@ def _identify(
     if compute != config.dtype:
         events.log(f"weights are rounded to {config.dtype} and multiplied in {compute}")
     events.log(f"hashing {base.name} ({base.nbytes / 1e9:.2f} GB)")
-    return Identity.of(base, adapters, config.dtype, compute, device.type)
+    return Identity.of(base, adapters, config.dtype, compute, device.type, config.gguf)
 
 
 def _reuse(store: RunStore, cells: Sequence[Cell], events: EventWriter) -> int:
     """Take done cells with equal hashes from the runs beside this one."""
     reused = 0
     for cell in cells:
-        if not store.is_done(cell.hash):
+        if not store.is_done(cell.hash) and not isinstance(cell.model, Server):
             source = store.take_from_siblings(cell)
             if source:
                 reused += 1
                 events.log(f"{cell.title}: rows taken from run {source.name} (same hash {cell.hash})")
     return reused
-
-
-class _Session:
-    """What one job holds while it measures. The model is loaded when the first cell needs it."""
-
-    def __init__(
-        self,
-        config: EvalConfig,
-        base: Checkpoint,
-        adapters: Mapping[str, Adapter],
-        store: RunStore,
-        samples: Mapping[str, Sequence[Sample]],
-        cells: Sequence[Cell],
-        events: EventWriter,
-    ) -> None:
-        self.config, self.base, self.adapters = config, base, adapters
-        self.store, self.samples, self.cells, self.events = store, samples, cells, events
-        self.total = sum(len(samples[cell.task.name]) for cell in cells)
-        self.done = 0
-        self._live: Any = None
-
-    def live(self, weights: Mapping[str, float]) -> Any:
-        """The model with this mixture in it."""
-        from engine.evaluate.live import LiveModel
-
-        if self._live is None:
-            self.events.log(f"loading {self.base.name}")
-            started = time.monotonic()
-            self._live = LiveModel(
-                self.base, self.adapters, self.config.dtype, self.config.compute, self.config.device
-            )
-            self.events.log(f"loaded in {time.monotonic() - started:.1f} s on {self._live.device}")
-        if self._live.weights != dict(weights):
-            self._live.set_weights(weights)
-        return self._live
-
-    def advance(self, count: int, cell: Cell) -> None:
-        self.done += count
-        self.events.progress(self.done, self.total, unit="samples", message=cell.title, phase="evaluate")
-
-
-def _measure(session: _Session) -> None:
-    from engine.evaluate.tables import group_key, series_of, to_rows
-
-    groups: dict[tuple[str, ...], list[Cell]] = {}
-    for cell in session.cells:
-        samples = session.samples[cell.task.name]
-        if session.store.is_done(cell.hash):
-            session.advance(len(samples), cell)
-        else:
-            _run_cell(session, cell, samples)
-        group = groups.setdefault(group_key(cell.spec), [])
-        group.append(cell)
-        frames = [session.store.frame(member.hash) for member in group]
-        for row in to_rows(session.store.folder.name, [(cell.spec, series_of(cell.spec, frames))]):
-            session.events.row(**row.to_dict())
-
-
-def _run_cell(session: _Session, cell: Cell, samples: Sequence[Sample]) -> None:
-    """Measure the batches of a cell that are not wholly done, then seal it."""
-    from engine.evaluate.execute import CellWork, sha256
-
-    started, tokens = time.monotonic(), 0
-    work = CellWork(session.live(cell.weights), cell, samples)
-    kept = {row["id"] for row in session.store.kept_rows(cell)}
-    for batch in work.batches:
-        if not all(samples[i].id in kept for i in batch):
-            rows = [row for row in work.run(batch) if row["id"] not in kept]
-            session.store.append(cell, rows, {sha256(work.prompts[i]): work.prompts[i] for i in batch})
-            tokens += sum(int(row.get("new_tokens") or row.get("tokens") or 0) for row in rows)
-        session.advance(len(batch), cell)
-    if {row["id"] for row in session.store.kept_rows(cell)} != {sample.id for sample in samples}:
-        raise BadRecipeError(
-            f"{session.store.folder}: the rows kept of cell {cell.hash} are of other samples",
-            "delete that cell",
-        )
-    session.store.seal(cell, [sample.id for sample in samples])
-    seconds = time.monotonic() - started
-    rate = f", {tokens / seconds:.0f} tokens/s" if tokens else ""
-    session.events.log(f"{cell.title}: {len(samples)} samples in {seconds:.1f} s{rate}")

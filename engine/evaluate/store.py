@@ -74,12 +74,20 @@ class RunStore:
             self._prompts = set(self.prompts())
             yield
 
-    def write_cells(self, mode: str, cells: Sequence[Cell]) -> None:
-        """Replace cells.json."""
-        entries = [{"hash": c.hash, "done": self.is_done(c.hash), "spec": c.spec} for c in cells]
-        write_json(
-            self.folder / CELLS, {"format": FORMAT, "mode": mode, "written": time.time(), "cells": entries}
-        )
+    def write_cells(
+        self, mode: str, cells: Sequence[Cell], failed: Mapping[str, str] | None = None, warnings: Sequence[str] = (),
+        doubts: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Replace cells.json. failed: why a cell could not be measured, by its hash; doubts: why a model may not be
+        what it claims, by its label ("" for all mixtures)."""
+        failed = failed or {}
+        entries = [
+            {"hash": c.hash, "done": self.is_done(c.hash), "failed": failed.get(c.hash, ""), "spec": c.spec}
+            for c in cells
+        ]
+        value = {"format": FORMAT, "mode": mode, "written": time.time(), "warnings": list(warnings),
+                 "doubts": dict(doubts or {}), "cells": entries}  # fmt: skip
+        write_json(self.folder / CELLS, value)
 
     def append(self, cell: Cell, rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, str]) -> None:
         """Add finished rows (one write, fsynced) and the prompts not seen before."""

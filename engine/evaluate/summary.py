@@ -28,15 +28,35 @@ METRICS: dict[str, MetricInfo] = {
     "rouge1": MetricInfo("R-1", "high", says="ROUGE-1 F"),
     "rouge2": MetricInfo("R-2", "high", says="ROUGE-2 F"),
     "rougeL": MetricInfo("R-L", "high", says="ROUGE-L F"),
+    "chrf": MetricInfo("chrF", "high", says="chrF2 (sacreBLEU)"),
+    "lf_rouge1": MetricInfo("LF R-1", "high", says="LLaMA-Factory's ROUGE-1 (jieba, rouge_chinese)"),
+    "lf_rouge2": MetricInfo("LF R-2", "high", says="LLaMA-Factory's ROUGE-2"),
+    "lf_rougeL": MetricInfo("LF R-L", "high", says="LLaMA-Factory's ROUGE-L"),
     "lf_char_bleu": MetricInfo("LF char-BLEU", "high", says="LLaMA-Factory's character BLEU-4"),
     "reference_perplexity": MetricInfo("ref ppl", "low", says="perplexity of the reference answers"),
     "reference_logprob": MetricInfo("ref logprob", "high", says="nats per token of the reference answers"),
     "perplexity": MetricInfo("ppl", "low", says="perplexity of held-out text, each passage alone"),
-    "accuracy": MetricInfo("accuracy", "high", True, "by log-likelihood"),
+    "accuracy": MetricInfo("accuracy", "high", True, "multiple choice"),
     "accuracy_norm": MetricInfo("acc norm", "high", True, "log-likelihood per character of the option"),
     "refusal_rate": MetricInfo("refuse", "", True, "full or partial refusals"),
     "full_refusal_rate": MetricInfo("full refusal", "", True),
     "safe_completion_rate": MetricInfo("safe completion", "", True, "turned to help for the person instead"),
+    "unparsed_rate": MetricInfo("unparsed", "low", True, "answers no letter could be read from"),
+    "prompt_strict": MetricInfo("prompts strict", "high", True, "prompts with every instruction followed"),
+    "prompt_loose": MetricInfo(
+        "prompts loose", "high", True, "the same without markdown, first or last line"
+    ),
+    "instruction_strict": MetricInfo("instr. strict", "high", True, "instructions followed"),
+    "instruction_loose": MetricInfo("instr. loose", "high", True, "instructions followed, loosely read"),
+    "partial_refusal_rate": MetricInfo("partial refusal", "", True),
+    "compliance_rate": MetricInfo("comply", "", True),
+    "harmful_refusal_rate": MetricInfo("refuse harmful", "high", True, "refusals of harmful requests"),
+    "over_refusal_rate": MetricInfo("over-refusal", "low", True, "refusals of safe requests"),
+    "advice_refusal_rate": MetricInfo("refuse advice", "", True, "refusals of requests for medical advice"),
+    "untagged_rate": MetricInfo(
+        "reasons untagged", "", True, "reasoning-style openings without a think block"
+    ),
+    "think_share": MetricInfo("think share", "", False, "percent of the characters inside think blocks"),
     "think_rate": MetricInfo("think", "", True, "answers with a think block"),
     "think_unclosed_rate": MetricInfo("think unclosed", "", True),
     "think_empty_rate": MetricInfo("think empty", "", True),
@@ -49,11 +69,15 @@ METRICS: dict[str, MetricInfo] = {
 class MetricRow:
     """One number of a run, with what one must know to believe it.
 
-    value, low, high, floor: percents and BLEU/ROUGE from 0 to 100; perplexity as it is; low and high are the 95%
-    interval (None where there is none). n: samples. floor: what no skill gets (shuffled references, chance).
-    majority: multiple choice, always choosing the commonest answer. p: paired test against the mixture `versus`
-    with the same template and decoding (None for that one itself). least: the smallest difference the test would
-    call significant here (McNemar, percent points). method: the interval's and test's name.
+    value, low, high, floor, ceiling: percents and BLEU/ROUGE from 0 to 100; perplexity as it is; low and high are the
+    95% interval (None where there is none). n: samples. floor: what no skill gets (shuffled references, chance);
+    ceiling: the references against themselves. majority: multiple choice, always choosing the commonest answer.
+    p: paired test against the model `versus` with the same template and decoding on `pairs` common prompts (None for
+    that one itself); p_holm: the same after Holm over the `tests` of this metric of this task; difference: this minus
+    `versus` with its 95% interval; discordant: yes/no pairs that differ. least: the smallest difference one test would
+    call significant here (McNemar, percent points); needed: items to see the observed difference with 80% power (None:
+    none observed, or beyond reason). kind: mixture, gguf or server. warning: why the row must not be compared or
+    believed as it stands. method: the interval's and test's name.
     """
 
     run: str
@@ -74,10 +98,23 @@ class MetricRow:
     least: float | None = None
     method: str = ""
     detail: str = ""
+    ceiling: float | None = None
+    p_holm: float | None = None
+    tests: int = 0
+    pairs: int = 0
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    discordant: int | None = None
+    needed: int | None = None
+    kind: str = "mixture"
+    seeds: int = 1
+    warning: str = ""
 
     @property
     def info(self) -> MetricInfo:
-        return METRICS.get(self.metric.removesuffix("_raw"), MetricInfo(self.metric, ""))
+        name = self.metric.removesuffix("_raw").removesuffix("_strip")
+        return METRICS.get(name, MetricInfo(name, ""))
 
     @property
     def at_chance(self) -> bool:
@@ -93,8 +130,9 @@ class MetricRow:
 
     @property
     def indistinguishable(self) -> bool:
-        """The paired test cannot tell it from `versus` (p >= .05)."""
-        return self.p is not None and self.p >= 0.05
+        """The paired test cannot tell it from `versus` (p >= .05, after Holm where several were made)."""
+        p = self.p if self.p_holm is None else self.p_holm
+        return p is not None and p >= 0.05
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,18 +156,30 @@ def model_label(weights: Mapping[str, float]) -> str:
     )
 
 
+def label_of(spec: Mapping[str, Any]) -> str:
+    """The name of a cell's model: a file's or server's own, a mixture's weights, or the base's without adapters."""
+    model = spec.get("model")
+    if model:
+        return str(model["name"])
+    if not spec.get("adapters") and not spec["weights"]:
+        return str(spec.get("base", {}).get("name") or "base")
+    return model_label(spec["weights"])
+
+
 def load_table(run: Path) -> list[MetricRow]:
     """The metric rows of a run, from table.json if it is of exactly the cells done now, else from the rows.
 
     Raises BadInputError when the folder is no run.
     """
+    from engine.evaluate import corrections
     from engine.evaluate.store import TABLE, RunStore
 
     store = RunStore(run)
     done = [cell["hash"] for cell in store.cells()["cells"] if store.is_done(cell["hash"])]
     try:
         kept = json.loads((run / TABLE).read_text(encoding="utf-8"))
-        if kept["cells"] == done and kept["version"] == TABLE_VERSION:
+        same = kept["cells"] == done and kept["version"] == TABLE_VERSION
+        if same and kept.get("corrections") == corrections.stamp(run):
             return [MetricRow.from_dict({**row, "run": run.name}) for row in kept["rows"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -138,7 +188,7 @@ def load_table(run: Path) -> list[MetricRow]:
     return compute(run)
 
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
-"""Every number of a run, computed from its rows: values, intervals, floors, paired tests.
+"""Every number of a run, computed from its rows: values, intervals, floors, paired tests, Holm, items needed.
 
-Cells of one mixture, template, decoding and task that differ only in their seed are one group: their rows are
-summed per prompt, so that resampling prompts keeps the answers of one prompt together.
+Cells of one model, template, decoding and task that differ only in their seed are one group: their rows are
+summed per prompt, so that resampling prompts keeps the answers of one prompt together. Several runs make one
+table; models are compared on the prompts both were asked.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,242 +17,191 @@ import numpy as np
 import polars as pl
 
 from engine.atomic import write_json
-from engine.evaluate.metrics import Measured, floors, overlap
-from engine.evaluate.refusals import label_answer
+from engine.errors import BadInputError
+from engine.evaluate import comparable, corrections
+from engine.evaluate.halves import halves
+from engine.evaluate.series import Corrections, Series, Spec, series_of
 from engine.evaluate.statistics import (
-    Combine,
     FloatArray,
     bootstrap_interval,
+    bootstrap_needed,
     clopper_pearson,
+    holm,
     least_significant,
+    mcnemar_difference,
     mcnemar_exact,
+    mcnemar_needed,
     paired_bootstrap,
-    perplexity,
-    ratio,
+    seed_spread,
 )
 from engine.evaluate.store import TABLE, RunStore
-from engine.evaluate.summary import TABLE_VERSION, MetricRow, model_label
+from engine.evaluate.summary import TABLE_VERSION, MetricRow, label_of
 from engine.jobs.events import _plain
 
-Spec = dict[str, Any]
+__all__ = ["Series", "compute", "compute_all", "failures", "group_key", "series_of", "to_rows"]
+
+HALVES = ("all", "dev", "test")
 
 
 @dataclass(frozen=True)
-class Series:
-    """One metric of one group before intervals: per-prompt statistics, aligned by `ids`.
+class Group:
+    """One line of the table before its numbers: a run's cells that differ only in their seed."""
 
-    rate: a share of yes/no outcomes, stats are (yes, asked) and values are shown times 100.
-    """
-
-    task: str
-    metric: str
-    ids: tuple[str, ...]
-    stats: FloatArray
-    combine: Combine
-    rate: bool = False
-    floor: float | None = None
-    majority: float | None = None
-    detail: str = ""
+    run: str
+    spec: Spec
+    series: tuple[Series, ...]
+    seeds: int = 1
+    warning: str = ""
 
     @property
-    def scale(self) -> float:
-        return 100.0 if self.rate else 1.0
+    def label(self) -> str:
+        return label_of(self.spec)
 
     @property
-    def single(self) -> bool:
-        """One yes/no answer per prompt: exact binomial intervals and McNemar hold."""
-        return self.rate and bool((self.stats[:, 1] == 1).all())
+    def setting(self) -> tuple[str, str]:
+        return self.spec["template"], _decoding(self.spec)
 
 
-def compute(folder: Path, write: bool = False) -> list[MetricRow]:
-    """All metric rows of the cells that are done, mixture by mixture; with `write` also kept as table.json."""
-    store = RunStore(folder)
-    entries = [entry for entry in store.cells()["cells"] if store.is_done(entry["hash"])]
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for entry in entries:
-        groups.setdefault(group_key(entry["spec"]), []).append(entry)
-    by_group = [
-        (cells[0]["spec"], series_of(cells[0]["spec"], [store.frame(cell["hash"]) for cell in cells]))
-        for cells in groups.values()
-    ]
-    rows = to_rows(folder.name, by_group)
+def compute(folder: Path, write: bool = False, half: str = "all", against: str = "") -> list[MetricRow]:
+    """All metric rows of the cells of a run that are done; with `write` also kept as table.json."""
+    rows = compute_all([folder], half, against)
     if write:
+        store = RunStore(folder)
+        done = [entry["hash"] for entry in store.cells()["cells"] if store.is_done(entry["hash"])]
         value = {
             "version": TABLE_VERSION,
-            "cells": [e["hash"] for e in entries],
-            "rows": [r.to_dict() for r in rows],
+            "cells": done,
+            "corrections": corrections.stamp(folder),
+            "rows": [row.to_dict() for row in rows],
         }
         write_json(folder / TABLE, _plain(value))
     return rows
 
 
-def group_key(spec: Spec) -> tuple[str, ...]:
-    """What cells must share to be one row of the table: everything but the seed."""
-    decoding = spec["decoding"] or {}
-    return (
-        str(spec["weights"]),
-        spec["task"]["name"],
-        spec["kind"],
-        spec["template"],
-        decoding.get("name", ""),
-    )
+def compute_all(folders: Sequence[Path], half: str = "all", against: str = "") -> list[MetricRow]:
+    """The rows of several runs as one table.
 
+    half: only samples of the dev or the test half (engine/evaluate/halves.py). against: label of the model the
+    others are compared with ("" chooses: SFT alone, else the first mixture, else the first model).
 
-def series_of(spec: Spec, frames: Sequence[pl.DataFrame]) -> list[Series]:
-    """The metrics of one group; one frame per seed."""
-    task, kind = spec["task"]["name"], spec["kind"]
-    if kind == "generation":
-        return [
-            *_overlap_series(task, frames),
-            *_text_series(task, pl.concat(frames, how="diagonal_relaxed")),
-        ]
-    if kind == "probes":
-        return _probe_series(task, pl.concat(frames, how="diagonal_relaxed"))
-    frame = frames[0]
-    if kind == "multiple_choice":
-        return _choice_series(task, frame)
-    name = "reference_perplexity" if kind == "references" else "perplexity"
-    stats = frame.select("logprob", "tokens").to_numpy().astype(np.float64)
-    ids = tuple(frame["id"].to_list())
-    detail = f"{int(stats[:, 1].sum()):,} tokens" + (", each passage alone" if kind == "perplexity" else "")
-    if kind == "perplexity" and frame["cut"].any():
-        detail += f", {int(frame['cut'].sum())} cut at {spec['task']['max_tokens']} tokens"
-    series = [Series(task, name, ids, stats, perplexity, detail=detail)]
-    if kind == "references":
-        series.append(Series(task, "reference_logprob", ids, stats, ratio, detail=detail))
-    return series
-
-
-def _overlap_series(task: str, frames: Sequence[pl.DataFrame]) -> list[Series]:
-    """Overlap metrics think-stripped and raw (computed once where the two texts are the same)."""
-    found = _overlap_of(task, frames, "text")
-    if all((frame["text"] == frame["raw"].str.strip_chars()).all() for frame in frames):
-        raw = found
-    else:
-        raw = _overlap_of(task, frames, "raw")
-    return found + [replace(series, metric=f"{series.metric}_raw") for series in raw]
-
-
-def _overlap_of(task: str, frames: Sequence[pl.DataFrame], column: str) -> list[Series]:
-    """Overlap metrics of one text column; statistics are summed over seeds, floors averaged."""
-    sums: dict[str, FloatArray] = {}
-    floor: dict[str, float] = {}
-    kept: dict[str, Measured] = {}
-    for frame in frames:
-        frame = frame.sort("id")
-        outputs = [text.strip() for text in frame[column].to_list()]
-        references = frame["reference"].to_list()
-        for name, value in floors(outputs, references).items():
-            floor[name] = floor.get(name, 0.0) + value / len(frames)
-        for measured in overlap(outputs, references):
-            kept[measured.name] = measured
-            sums[measured.name] = sums.get(measured.name, 0.0) + measured.stats
-    ids = tuple(sorted(frames[0]["id"].to_list()))
-    return [
-        Series(task, name, ids, sums[name], of.combine, floor=floor.get(name), detail=of.detail)
-        for name, of in kept.items()
+    Raises BadInputError for a folder that is no run, an unknown `against`, or a half that holds nothing.
+    """
+    groups = [group for folder in folders for group in _groups(folder, half)]
+    if half != "all" and not groups:
+        raise BadInputError(f"no sample is in the {half} half")
+    warned = comparable.warnings([(group.run, group.spec) for group in groups])
+    groups = [
+        replace(group, warning="; ".join(part for part in (group.warning, words) if part))
+        for group, words in zip(groups, warned, strict=True)
     ]
+    return _rows(groups, against)
 
 
-def _per_prompt(frame: pl.DataFrame, value: pl.Expr) -> tuple[tuple[str, ...], FloatArray]:
-    """(ids, stats): sum of `value` and number of rows per prompt, by id."""
-    grouped = (
-        frame.group_by("id").agg(value.cast(pl.Float64).sum().alias("yes"), pl.len().alias("of")).sort("id")
-    )
-    stats = grouped.select(pl.col("yes"), pl.col("of").cast(pl.Float64)).to_numpy()
-    return tuple(grouped["id"].to_list()), stats
-
-
-def _rate(task: str, metric: str, frame: pl.DataFrame, yes: pl.Expr, detail: str = "", **more: Any) -> Series:
-    ids, stats = _per_prompt(frame, yes)
-    return Series(task, metric, ids, stats, ratio, rate=True, detail=detail, **more)
-
-
-def _text_series(task: str, frame: pl.DataFrame) -> list[Series]:
-    ids, lengths = _per_prompt(frame, pl.col("new_tokens"))
-    return [
-        _rate(task, "think_rate", frame, pl.col("think") != "none"),
-        _rate(task, "think_unclosed_rate", frame, pl.col("think") == "unclosed"),
-        _rate(task, "think_empty_rate", frame, pl.col("think") == "empty"),
-        _rate(task, "length_stop_rate", frame, pl.col("finish") == "length"),
-        Series(task, "new_tokens", ids, lengths, ratio),
-    ]
-
-
-def _probe_series(task: str, frame: pl.DataFrame) -> list[Series]:
-    labels = pl.Series("label", [label_answer(text) for text in frame["text"].to_list()], dtype=pl.String)
-    frame = frame.with_columns(labels)
-    found = []
-    for category in dict.fromkeys(frame["category"].to_list()):
-        part = frame.filter(pl.col("category") == category)
-        counts = Counter(part["label"].to_list())
-        detail = ", ".join(f"{label} {count}" for label, count in sorted(counts.items()))
-        name = f"{task}/{category}"
-        found += [
-            _rate(name, "refusal_rate", part, pl.col("label").is_in(["refusal", "partial"]), detail),
-            _rate(name, "full_refusal_rate", part, pl.col("label") == "refusal", detail),
-            _rate(name, "safe_completion_rate", part, pl.col("label") == "safe_completion", detail),
-        ]
-    return found + _text_series(task, frame)
-
-
-def _choice_series(task: str, frame: pl.DataFrame) -> list[Series]:
-    answers = frame["answer"].to_list()
-    options = frame["options"].list.len()
-    chance = 100 * float((1 / options).mean())  # type: ignore[arg-type]
-    majority = 100 * max(Counter(answers).values()) / len(answers)
-    scoring = frame["scoring"][0]
-    detail = f"log-likelihood of {scoring}, lm-evaluation-harness prompt, no chat template"
-    found = [
-        _rate(
-            task,
-            "accuracy",
-            frame,
-            pl.col("chosen") == pl.col("answer"),
-            detail,
-            floor=chance,
-            majority=majority,
-        )
-    ]
-    if scoring == "options":
-        right = pl.col("chosen_norm") == pl.col("answer")
-        found.append(_rate(task, "accuracy_norm", frame, right, detail, floor=chance, majority=majority))
+def failures(folder: Path) -> dict[str, str]:
+    """Cells that were given up, by what they are: why."""
+    found = {}
+    store = RunStore(folder)
+    for entry in store.cells()["cells"]:
+        if entry.get("failed") and not store.is_done(entry["hash"]):
+            spec = entry["spec"]
+            parts = (label_of(spec), spec["task"]["name"], spec["template"], _decoding(spec))
+            found[" · ".join(part for part in parts if part)] = str(entry["failed"])
     return found
 
 
-def to_rows(run: str, groups: Iterable[tuple[Spec, list[Series]]]) -> list[MetricRow]:
-    """Intervals for every series, and the paired test against the reference mixture where there is one."""
-    groups = list(groups)
-    reference = reference_mixture([spec["weights"] for spec, _ in groups])
-    others = {
-        (spec["template"], _decoding(spec), series.task, series.metric): series
-        for spec, all_series in groups
-        for series in all_series
-        if spec["weights"] == reference
-    }
+def _groups(folder: Path, half: str) -> list[Group]:
+    store = RunStore(folder)
+    note = store.cells()
+    by_hand: Corrections = corrections.load(folder)
+    doubts: Mapping[str, str] = note.get("doubts") or {}
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for entry in note["cells"]:
+        if store.is_done(entry["hash"]):
+            found.setdefault(group_key(entry["spec"]), []).append(entry)
+    groups = []
+    for cells in found.values():
+        spec = cells[0]["spec"]
+        frames = [_half(store.frame(cell["hash"]), half) for cell in cells]
+        if all(len(frame) for frame in frames):
+            doubt = doubts.get(label_of(spec)) or ("" if spec.get("model") else doubts.get("", ""))
+            series = tuple(series_of(spec, frames, by_hand))
+            groups.append(Group(folder.name, spec, series, len(cells), doubt))
+    return groups
+
+
+def _half(frame: pl.DataFrame, half: str) -> pl.DataFrame:
+    if half == "all":
+        return frame
+    dev, test = halves(frame["id"].to_list())
+    return frame.filter(pl.col("id").is_in(list(dev if half == "dev" else test)))
+
+
+def group_key(spec: Spec) -> tuple[str, ...]:
+    """What cells must share to be one row of the table: everything but the seed."""
+    return (
+        str(spec.get("model") or spec["weights"]),
+        spec["task"]["name"],
+        spec["kind"],
+        spec["template"],
+        _decoding(spec),
+    )
+
+
+def to_rows(run: str, groups: Iterable[tuple[Spec, Sequence[Series]]]) -> list[MetricRow]:
+    """The rows of the groups of one run."""
+    return _rows([Group(run, spec, tuple(series)) for spec, series in groups], "")
+
+
+def _rows(groups: Sequence[Group], against: str) -> list[MetricRow]:
+    """Intervals for every series, and the paired test against the reference model where there is one."""
+    reference = reference_of(groups, against)
+    others: dict[tuple[Any, ...], tuple[Group, Series]] = {}
+    for group in groups:
+        if reference is not None and group.label == reference:
+            for series in group.series:
+                others.setdefault((group.run, *group.setting, series.task, series.metric), (group, series))
+                others.setdefault(("", *group.setting, series.task, series.metric), (group, series))
     rows = []
-    for spec, all_series in groups:
-        for series in all_series:
-            other = others.get((spec["template"], _decoding(spec), series.task, series.metric))
-            tested = None if spec["weights"] == reference else other
-            rows.append(_row(run, spec, series, tested, model_label(reference or {})))
-    return rows
+    for group in groups:
+        for series in group.series:
+            key = (*group.setting, series.task, series.metric)
+            other = others.get((group.run, *key)) or others.get(("", *key))
+            tested = (
+                other is not None
+                and group.label != reference
+                and comparable.same_items(group.spec, other[0].spec)
+            )
+            rows.append(_row(group, series, other[1] if tested and other else None, reference or ""))
+    return _with_holm(rows)
 
 
-def reference_mixture(mixtures: Sequence[dict[str, float]]) -> dict[str, float] | None:
-    """What the others are compared with: SFT alone (weight 1), else the first mixture; None for a single one."""
-    if len({str(mixture) for mixture in mixtures}) < 2:
+def reference_of(groups: Sequence[Group], against: str = "") -> str | None:
+    """The label the others are compared with; None when there is only one model.
+
+    Raises BadInputError when `against` is no model of these.
+    """
+    labels = list(dict.fromkeys(group.label for group in groups))
+    if against:
+        if against not in labels:
+            raise BadInputError(f"no model here is called {against!r}", f"there are: {', '.join(labels)}")
+        return against
+    if len(labels) < 2:
         return None
-    sft_only = [m for m in mixtures if m.get("sft") == 1 and not any(v for k, v in m.items() if k != "sft")]
-    return (sft_only or list(mixtures))[0]
+    mixtures = [group for group in groups if not group.spec.get("model")]
+    sft_only = [group.label for group in mixtures if _only_sft(group.spec["weights"])]
+    return (sft_only or [group.label for group in mixtures] or labels)[0]
+
+
+def _only_sft(weights: Mapping[str, float]) -> bool:
+    return weights.get("sft") == 1 and not any(value for label, value in weights.items() if label != "sft")
 
 
 def _decoding(spec: Spec) -> str:
     return (spec["decoding"] or {}).get("name", "")
 
 
-def _row(run: str, spec: Spec, series: Series, other: Series | None, versus: str) -> MetricRow:
-    n = len(series.stats)
+def _row(group: Group, series: Series, other: Series | None, versus: str) -> MetricRow:
+    n, scale, spec = len(series.stats), series.scale, group.spec
     value = float(series.combine(series.stats.sum(0, keepdims=True))[0])
     if series.single:
         low, high = clopper_pearson(int(series.stats[:, 0].sum()), n)
@@ -260,40 +209,59 @@ def _row(run: str, spec: Spec, series: Series, other: Series | None, versus: str
     else:
         low, high = bootstrap_interval(series.stats, series.combine)
         method = "bootstrap over prompts"
-    p, least = None, None
-    if other is not None:
-        first, second = align(series, other)
-        if series.single and other.single:
-            only_first = int(((first[:, 0] == 1) & (second[:, 0] == 0)).sum())
-            only_second = int(((first[:, 0] == 0) & (second[:, 0] == 1)).sum())
-            p = mcnemar_exact(only_first, only_second)
-            gap = least_significant(only_first + only_second, len(first))
-            least = None if gap is None else 100 * gap
-            method += f", McNemar ({only_first + only_second} discordant)"
-        elif len(first):
-            p = paired_bootstrap(first, second, series.combine).p
-            method += ", paired bootstrap"
-    scale = series.scale
-    return MetricRow(
-        run=run,
-        model=model_label(spec["weights"]),
-        weights=spec["weights"],
-        template=spec["template"],
-        decoding=_decoding(spec),
-        task=series.task,
-        metric=series.metric,
-        value=_finite(value * scale),
-        low=_finite(low * scale),
-        high=_finite(high * scale),
-        n=n,
-        floor=series.floor,
-        majority=series.majority,
-        p=p,
-        versus=versus if p is not None else "",
-        least=least,
-        method=method,
-        detail=series.detail,
-    )
+    detail = series.detail
+    if series.by_seed:
+        mean, spread, seeds = seed_spread(series.by_seed)
+        said = f"{seeds} seeds, mean {mean:.2f}, sd {spread:.2f}"
+        detail = f"{detail}; {said}" if detail else said
+    row = MetricRow(
+        run=group.run, model=group.label, weights=spec["weights"], template=spec["template"],
+        decoding=_decoding(spec), task=series.task, metric=series.metric, value=_finite(value * scale),
+        low=_finite(low * scale), high=_finite(high * scale), n=n, floor=series.floor, ceiling=series.ceiling,
+        majority=series.majority, method=method, detail=detail, kind=(spec.get("model") or {}).get("kind", "mixture"),
+        seeds=group.seeds, warning=group.warning,
+    )  # fmt: skip
+    return row if other is None else _compared(row, series, other, versus)
+
+
+def _compared(row: MetricRow, series: Series, other: Series, versus: str) -> MetricRow:
+    """The row with the paired test against another model's series, on the prompts both have."""
+    first, second = align(series, other)
+    n, scale = len(first), series.scale
+    if not n:
+        return row
+    if series.single and other.single:
+        only_first = int(((first[:, 0] == 1) & (second[:, 0] == 0)).sum())
+        only_second = int(((first[:, 0] == 0) & (second[:, 0] == 1)).sum())
+        discordant = only_first + only_second
+        gap = least_significant(discordant, n)
+        low, high = mcnemar_difference(only_first, only_second, n)
+        return replace(
+            row, p=mcnemar_exact(only_first, only_second), versus=versus, discordant=discordant, pairs=n,
+            least=None if gap is None else 100 * gap, needed=mcnemar_needed(only_first, only_second, n),
+            difference=100 * (only_first - only_second) / n, difference_low=100 * low, difference_high=100 * high,
+            method=f"{row.method}, McNemar ({discordant} discordant)",
+        )  # fmt: skip
+    found = paired_bootstrap(first, second, series.combine)
+    return replace(
+        row, p=found.p, versus=versus, pairs=n, difference=_finite(scale * found.difference),
+        difference_low=_finite(scale * found.low), difference_high=_finite(scale * found.high),
+        needed=bootstrap_needed(first, second, series.combine), method=f"{row.method}, paired bootstrap",
+    )  # fmt: skip
+
+
+def _with_holm(rows: Sequence[MetricRow]) -> list[MetricRow]:
+    """Holm's correction over all tests of one metric of one task: the models and settings of a sweep."""
+    families: dict[tuple[str, str], list[int]] = {}
+    for n, row in enumerate(rows):
+        if row.p is not None:
+            families.setdefault((row.task, row.metric), []).append(n)
+    found = list(rows)
+    for members in families.values():
+        adjusted = holm([float(rows[n].p or 0.0) for n in members])
+        for n, p in zip(members, adjusted, strict=True):
+            found[n] = replace(found[n], p_holm=p, tests=len(members))
+    return found
 
 
 def align(first: Series, second: Series) -> tuple[FloatArray, FloatArray]:
@@ -301,7 +269,8 @@ def align(first: Series, second: Series) -> tuple[FloatArray, FloatArray]:
     place = {sample: n for n, sample in enumerate(second.ids)}
     pairs = [(n, place[sample]) for n, sample in enumerate(first.ids) if sample in place]
     left, right = [n for n, _ in pairs], [n for _, n in pairs]
-    return first.stats[left], second.stats[right]
+    empty = np.zeros((0, first.stats.shape[1]))
+    return (first.stats[left], second.stats[right]) if pairs else (empty, empty)
 
 
 def _finite(value: float) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BadInputError
-from engine.evaluate.config import load_config
+from engine.evaluate.config import EvalConfig, load_config
 from engine.evaluate.summary import MetricRow
 from engine.jobs import JobSpec
 from engine.workspace import Workspace
@@ -58,20 +58,30 @@ def run(args: argparse.Namespace) -> int:
     return start(args, "eval")
 
 
-def start(args: argparse.Namespace, mode: str) -> int:
-    """Check the config here, so that mistakes show at once, then start the job."""
+def start(args: argparse.Namespace, mode: str, more: dict[str, Any] | None = None) -> int:
+    """Check the config here, so that mistakes show at once, then start the job. more: further params of the job."""
     workspace = workspace_of(args)
     path = existing_path(args.config, workspace, "config")
     config = load_config(path, workspace.root, mode).limited(args.limit)
     out = run_folder(workspace, args.out or path.stem, named=bool(args.out), resume=args.resume)
     params = {"config": config.to_dict(), "out": str(out), "mode": mode, "resume": args.resume}
     params["strict_base"] = args.strict_base
+    params |= more or {}
     title = (
-        f"{mode} {out.name}: {len(config.weights)} mixture{'s' * (len(config.weights) > 1)}, "
-        + ", ".join(task.name for task in config.tasks)
+        f"{mode} {out.name}: {models_in(config)}, " + ", ".join(task.name for task in config.tasks)
     )
     spec = JobSpec(mode, "engine.evaluate.job:run", params, title, command_line(args.argv))
     return run_job(args, spec, render)
+
+
+def models_in(config: EvalConfig) -> str:
+    """`5 mixtures, 2 GGUF files`."""
+    counts = {
+        "mixture": len(config.weights) if config.base is not None else 0,
+        "GGUF file": len(config.gguf),
+        "server": len(config.servers),
+    }
+    return ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
 
 
 def run_folder(workspace: Workspace, name: str, named: bool, resume: bool) -> Path:
@@ -106,4 +116,6 @@ def render(result: dict[str, Any]) -> str:
         f"{result['cells']} cells{reused}, {result['seconds']:.0f} s · rows in {result['run']}",
         file=sys.stderr,
     )
+    for cell, reason in (result.get("failed") or {}).items():
+        print(f"not measured: {cell}: {reason} (--resume tries again)", file=sys.stderr)
     return human_table(rows)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.errors import BadInputError
 from engine.evaluate.summary import MetricRow
 from engine.workspace import Workspace
 from tui.commands.common import Commands, print_json, table, workspace_of
+from tui.commands.report_words import comparisons, notes, pivot
+
+if TYPE_CHECKING:
+    from engine.evaluate.choosing import Chosen
 
 FORMATS = ("table", "csv", "markdown", "latex", "json")
 FIELDS = tuple(MetricRow.__dataclass_fields__)
@@ -22,27 +27,87 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add(
         "report",
         "tables of one or more runs, with intervals and paired tests",
-        description="Recomputes every number from the rows on disk: 95% intervals, floors, paired tests against "
-        "the SFT-only mixture (else the first one).",
-        examples="  medmerge report demo-sweep\n  medmerge report a b --format csv > both.csv",
+        description="Recomputes every number from the rows on disk: 95% intervals, floors and ceilings, paired tests "
+        "against one model with Holm's correction over the models compared, and how many samples a difference "
+        "would need. Several runs make one table.",
+        examples="  medmerge report demo-sweep\n  medmerge report a b --format csv > both.csv\n"
+        "  medmerge report demo-sweep --words                     # every comparison as a sentence\n"
+        "  medmerge report demo-sweep --choose medqa:accuracy     # choose on the dev half, report the test half\n"
+        "  medmerge report demo-sweep --pivot medqa:accuracy      # weights down, templates across\n"
+        "  medmerge report checkpoint q8 q4 --against pt30-sft70  # what quantisation costs",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run's name below WORKSPACE/runs, or its folder"
     )
     parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument(
+        "--half", choices=("all", "dev", "test"), default="all", help="only this half of the samples"
+    )
+    parser.add_argument(
+        "--against", metavar="MODEL", default="", help="compare with this model (default: SFT alone)"
+    )
+    parser.add_argument(
+        "--choose", metavar="TASK:METRIC", help="take the best model on the dev half, show the test half"
+    )
+    parser.add_argument(
+        "--pivot",
+        metavar="TASK:METRIC",
+        help="one metric as a table: models down, templates and decodings across",
+    )
+    parser.add_argument("--words", action="store_true", help="every paired comparison as a sentence")
+    parser.add_argument("--all", action="store_true", help="every metric, raw and secondary ones too")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from engine.evaluate.tables import compute
+    from engine.evaluate.choosing import choose
+    from engine.evaluate.tables import compute_all, failures
 
     workspace = workspace_of(args)
-    rows = [row for name in args.runs for row in compute(find_run(name, workspace))]
+    folders = [find_run(name, workspace) for name in dict.fromkeys(args.runs)]
+    chosen = choose(folders, *_named(args.choose), args.against) if args.choose else None
+    rows = chosen.rows if chosen else compute_all(folders, args.half, args.against)
+    failed = {cell: reason for folder in folders for cell, reason in failures(folder).items()}
     if args.json or args.format == "json":
-        print_json({"rows": [row.to_dict() for row in rows]})
+        value: dict[str, object] = {"rows": [row.to_dict() for row in rows], "failed": failed}
+        if chosen:
+            value["chosen"] = {
+                "dev": chosen.dev.to_dict(),
+                "test": chosen.test.to_dict(),
+                "of": chosen.candidates,
+            }
+        print_json(value)
         return 0
-    print({"table": human_table, "csv": csv_text, "markdown": markdown, "latex": latex}[args.format](rows))
+    for cell, reason in failed.items():
+        print(f"not measured: {cell}: {reason}", file=sys.stderr)
+    if args.pivot:
+        print(pivot(rows, *_named(args.pivot)))
+    elif args.words:
+        print(comparisons(rows, SHOWN if not args.all else ()))
+    elif args.format == "table":
+        print(human_table(rows, every=args.all))
+    else:
+        print({"csv": csv_text, "markdown": markdown, "latex": latex}[args.format](rows))
+    if chosen:
+        print("\n" + _about_choice(chosen))
     return 0
+
+
+def _named(text: str) -> tuple[str, str]:
+    """TASK and METRIC of TASK:METRIC."""
+    task, colon, metric = text.rpartition(":")
+    if not colon or not task or not metric:
+        raise BadInputError(f"{text!r} is not TASK:METRIC", "for example medqa:accuracy")
+    return task, metric
+
+
+def _about_choice(chosen: Chosen) -> str:
+    dev, test = chosen.dev, chosen.test
+    setting = " ".join(part for part in (dev.template, dev.decoding) if part)
+    return (
+        f"chosen on the dev half of {dev.task} by {dev.metric}, of {chosen.candidates}: {dev.model} {setting}".rstrip()
+        + f"\n  dev {cell(dev)} (n = {dev.n}), test {cell(test)} (n = {test.n}): the test half is the number to quote"
+    )
 
 
 def find_run(name: str, workspace: Workspace) -> Path:
@@ -71,19 +136,25 @@ def _about_search(folder: Path) -> str:
 
 # Columns of the human table: metric names in the order they are shown, for each kind of task.
 SHOWN = (
-    "accuracy", "accuracy_norm", "bleu", "rougeL", "lf_char_bleu", "reference_perplexity", "perplexity", "refusal_rate",
-    "safe_completion_rate", "think_rate",
+    "accuracy", "accuracy_norm", "unparsed_rate", "bleu", "chrf", "rougeL", "lf_char_bleu", "reference_perplexity",
+    "perplexity", "prompt_strict", "prompt_loose", "instruction_loose", "refusal_rate", "safe_completion_rate",
+    "harmful_refusal_rate", "over_refusal_rate", "advice_refusal_rate", "think_rate", "untagged_rate",
 )  # fmt: skip
 
 
-def human_table(rows: Sequence[MetricRow]) -> str:
-    """One table per task: a line per model and setting, a column per metric with [low high]; then the notes."""
+def human_table(rows: Sequence[MetricRow], every: bool = False) -> str:
+    """One table per task: a line per model and setting, a column per metric with [low high]; then the notes.
+
+    every: all metrics, not only those of SHOWN.
+    """
     if not rows:
         return "nothing measured yet"
     parts = []
     for task in dict.fromkeys(row.task for row in rows):
-        parts.append(_task_table(task, [row for row in rows if row.task == task and row.metric in SHOWN]))
-    return "\n\n".join([part for part in parts if part] + [notes(rows)])
+        parts.append(
+            _task_table(task, [row for row in rows if row.task == task and (every or row.metric in SHOWN)])
+        )
+    return "\n\n".join([part for part in parts if part] + [notes(rows, SHOWN)])
 
 
 class Line(NamedTuple):
@@ -117,7 +188,10 @@ def lines_of(rows: Sequence[MetricRow]) -> dict[Line, list[MetricRow]]:
 
 
 def _task_table(task: str, rows: Sequence[MetricRow]) -> str:
-    metrics = [name for name in SHOWN if any(row.metric == name for row in rows)]
+    there = dict.fromkeys(row.metric for row in rows)
+    metrics = [name for name in SHOWN if name in there] + [name for name in there if name not in SHOWN]
+    if all(name in ("think_rate", "untagged_rate") for name in metrics):
+        metrics = [name for name in metrics if any(row.value for row in rows if row.metric == name)]
     if not metrics:
         return ""
     lines = lines_of(rows)
@@ -148,9 +222,12 @@ def _task_table(task: str, rows: Sequence[MetricRow]) -> str:
 def heading(metric: str, rows: Sequence[MetricRow]) -> str:
     """The metric's short name, with chance and majority class where those are the same for all lines."""
     row = next(row for row in rows if row.metric == metric)
+    label = row.info.label
+    if metric.endswith(("_raw", "_strip")):
+        label += " raw" if metric.endswith("_raw") else " by stripping"
     if row.majority is not None and row.floor is not None:
-        return f"{row.info.label} (chance {row.floor:.1f}, maj {row.majority:.1f})"
-    return f"{row.info.label} (floor)" if row.floor is not None else row.info.label
+        return f"{label} (chance {row.floor:.1f}, maj {row.majority:.1f})"
+    return f"{label} (floor)" if row.floor is not None else label
 
 
 def cell(row: MetricRow) -> str:
@@ -167,34 +244,7 @@ def cell(row: MetricRow) -> str:
         text += " at chance"
     elif row.at_floor:
         text += " !"
-    return text + (" ≈" if row.indistinguishable else "")
-
-
-def notes(rows: Sequence[MetricRow]) -> str:
-    """What the marks mean, the tests behind them, and what one must not compare."""
-    lines = ["[low high] 95% interval: Clopper-Pearson for shares, bootstrap over prompts for the rest."]
-    if any(row.indistinguishable for row in rows):
-        versus = " / ".join(sorted({row.versus for row in rows if row.versus}))
-        lines.append(
-            f"≈  not distinguishable from {versus} by the paired test (McNemar or paired bootstrap, p >= .05)."
-        )
-    if any(row.floor is not None and row.majority is None for row in rows):
-        lines.append("(floor)  the same answers against shuffled references; !  at or under it.")
-    for row in rows:
-        if row.metric == "accuracy" and row.indistinguishable:
-            would = (
-                f"{row.least:.1f} points would be"
-                if row.least is not None
-                else "no split of so few pairs would be"
-            )
-            lines.append(
-                f"   {row.task}: {row.model} against {row.versus}: p = {row.p:.2g}, n = {row.n}; {would} seen."
-            )
-    templates = sorted({row.template for row in rows if row.template})
-    if len(templates) > 1:
-        lines.append(f"Prompts differ between templates ({', '.join(templates)}): compare within one.")
-    details = dict.fromkeys(f"{row.info.label}: {row.detail}" for row in rows if row.metric in SHOWN[2:5])
-    return "\n".join([*lines, *details])
+    return text + (" ≈" if row.indistinguishable else "") + (" ⚠" if row.warning else "")
 
 
 def csv_text(rows: Sequence[MetricRow]) -> str:

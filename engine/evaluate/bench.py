@@ -1,0 +1,110 @@
+"""The models of a run, opened when a cell needs them: one process has one bench. Imports torch only on use.
+
+The local executor keeps one in the job's own process, a Ray worker one in each actor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.evaluate.cells import Cell
+from engine.evaluate.config import EvalConfig, GgufFile, Server
+from engine.evaluate.data import Sample
+from engine.evaluate.rows import Row
+from engine.weights import Adapter, Checkpoint
+
+
+class Work(Protocol):
+    """One cell on its model. The batches depend on the samples alone, so that a resumed cell has the same ones."""
+
+    prompts: list[str]
+    batches: list[list[int]]  # indices into the samples
+
+    def run(self, batch: Sequence[int]) -> list[Row]:
+        """The rows of these samples, in their order."""
+        ...
+
+
+class Bench:
+    """Opens what a cell runs on. At most one base and one GGUF file are held at a time."""
+
+    def __init__(self, config: EvalConfig, log: Callable[[str], None]) -> None:
+        self.config, self.log = config, log
+        self._live: Any = None
+        self._file: tuple[GgufFile, Any] | None = None
+
+    def work(self, cell: Cell, samples: Sequence[Sample]) -> Work:
+        """The cell ready to run. Raises MedmergeError when its model cannot be opened."""
+        if isinstance(cell.model, GgufFile):
+            return self._gguf(cell.model).work(cell, samples)  # type: ignore[no-any-return]
+        if isinstance(cell.model, Server):
+            from engine.evaluate.backends.server import ServerBackend
+
+            return ServerBackend(cell.model, self.config.base, self.log).work(cell, samples)
+        from engine.evaluate.execute import CellWork
+
+        return CellWork(self._mixture(cell), cell, samples)
+
+    def close(self) -> None:
+        """Give the memory of all models back."""
+        self._live = None
+        self._close_file()
+
+    def _mixture(self, cell: Cell) -> Any:
+        """The base in memory with this cell's mixture in it."""
+        from engine.evaluate.live import LiveModel
+
+        config = self.config
+        if self._live is None:
+            self._close_file()
+            if config.base is None:
+                raise ValueError("a mixture needs a base")
+            base = Checkpoint.open(config.base)
+            adapters = {label: Adapter.open(path) for label, path in config.adapters.items()}
+            self.log(f"loading {base.name}")
+            started = time.monotonic()
+            self._live = LiveModel(base, adapters, config.dtype, config.compute, config.device)
+            self.log(f"loaded in {time.monotonic() - started:.1f} s on {self._live.device}")
+        if self._live.weights != dict(cell.weights):
+            self._live.set_weights(cell.weights)
+        return self._live
+
+    def _gguf(self, file: GgufFile) -> Any:
+        from engine.evaluate.backends.gguf import GgufBackend
+
+        if self._file is None or self._file[0] != file:
+            self.close()
+            self.log(f"loading {file.path.name}")
+            self._file = (file, GgufBackend(file, self.config.device))
+        return self._file[1]
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file[1].close()
+            self._file = None
+
+
+Stamps = dict[Path, tuple[int, int, int]]
+
+
+def stamps_of(config: EvalConfig) -> Stamps:
+    """Size, time and inode of every weight file a run reads: what changes when one is replaced or written to."""
+    folders = [*config.adapters.values(), *([config.base] if config.base else [])]
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file()] if folders else []
+    return {path: _stamp(path) for path in [*files, *(file.path for file in config.gguf)]}
+
+
+def changed_since(stamps: Stamps) -> Path | None:
+    """The first file that is not what it was, or None."""
+    return next((path for path, stamp in stamps.items() if _stamp(path) != stamp), None)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return (-1, 0, 0)
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)
