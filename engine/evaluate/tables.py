@@ -24,9 +24,9 @@ from engine.evaluate.series import Corrections, Series, Spec, series_of
 from engine.evaluate.statistics import (
     FloatArray,
     bootstrap_interval,
-    bootstrap_needed,
     clopper_pearson,
     holm,
+    items_needed,
     least_significant,
     mcnemar_difference,
     mcnemar_exact,
@@ -246,7 +246,7 @@ def _compared(row: MetricRow, series: Series, other: Series, versus: str) -> Met
     return replace(
         row, p=found.p, versus=versus, pairs=n, difference=_finite(scale * found.difference),
         difference_low=_finite(scale * found.low), difference_high=_finite(scale * found.high),
-        needed=bootstrap_needed(first, second, series.combine), method=f"{row.method}, paired bootstrap",
+        needed=items_needed(found.difference, found.error, found.n), method=f"{row.method}, paired bootstrap",
     )  # fmt: skip
 
 

@@ -7,9 +7,11 @@ import polars as pl
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
+from engine.errors import BadInputError
 from engine.evaluate.statistics import clopper_pearson, mcnemar_exact
 from engine.evaluate.summary import MetricRow, model_label, sweep_curve
-from engine.evaluate.tables import reference_mixture, series_of, to_rows
+from engine.evaluate.series import series_of
+from engine.evaluate.tables import Group, reference_of, to_rows
 
 SFT, MIXED = {"pt": 0.0, "sft": 1.0}, {"pt": 0.3, "sft": 0.7}
 
@@ -128,7 +130,11 @@ def test_refusals_by_category_look_outside_the_think_block():
             "id": ["a", "b", "c"],
             "category": ["acts", "acts", "advice"],
             "text": ["I'm sorry, but I can't help with that.", "Mix the two.", "Take 500 mg."],
-            "raw": ["", "<think>I cannot help with that</think>Mix the two.", ""],
+            "raw": [
+                "I'm sorry, but I can't help with that.",
+                "<think>I cannot help with that</think>Mix the two.",
+                "Take 500 mg.",
+            ],
             "think": ["none", "closed", "none"],
             "finish": ["stop"] * 3,
             "new_tokens": [5, 5, 5],
@@ -142,10 +148,18 @@ def test_refusals_by_category_look_outside_the_think_block():
     assert "compliance 1, refusal 1" in found["t/acts", "refusal_rate"].detail
 
 
-def test_the_reference_mixture():
-    assert reference_mixture([MIXED, SFT]) == SFT
-    assert reference_mixture([MIXED, {"pt": 1.0, "sft": 1.0}]) == MIXED
-    assert reference_mixture([SFT, SFT]) is None
+def test_the_reference_model():
+    def groups(*weights):
+        return [Group("r", spec("probes", one), ()) for one in weights]
+
+    file = Group("r", {**spec("probes", {}), "model": {"kind": "gguf", "name": "q8"}}, ())
+    assert reference_of(groups(MIXED, SFT)) == "SFT"
+    assert reference_of(groups(MIXED, {"pt": 1.0, "sft": 1.0})) == "PT30 SFT70"
+    assert reference_of(groups(SFT, SFT)) is None
+    assert reference_of([file, *groups(MIXED)]) == "PT30 SFT70"
+    assert reference_of([file, *groups(MIXED)], "q8") == "q8"
+    with pytest.raises(BadInputError, match="no model here is called 'q4'"):
+        reference_of([file, *groups(MIXED)], "q4")
 
 
 @pytest.mark.parametrize(
