@@ -159,8 +159,8 @@ def test_doubts_and_failed_cells_are_shown(make_run):
 
 def probes(texts):
     return [
-        {"id": f"p{n}", "prompt_sha256": "", "raw": text, "text": text, "think": "none", "opened": False, "finish": "stop",
-         "new_tokens": 5, "category": "acts", "probe": ("harmful", "safe")[n % 2]}
+        {"id": f"p{n}", "prompt_sha256": "", "raw": text, "text": text, "think": "none", "opened": False,
+         "finish": "stop", "new_tokens": 5, "category": "acts", "probe": ("harmful", "safe")[n % 2]}
         for n, text in enumerate(texts)
     ]  # fmt: skip
 

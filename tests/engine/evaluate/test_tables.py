@@ -8,9 +8,9 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 
 from engine.errors import BadInputError
+from engine.evaluate.series import series_of
 from engine.evaluate.statistics import clopper_pearson, mcnemar_exact
 from engine.evaluate.summary import MetricRow, model_label, sweep_curve
-from engine.evaluate.series import series_of
 from engine.evaluate.tables import Group, reference_of, to_rows
 
 SFT, MIXED = {"pt": 0.0, "sft": 1.0}, {"pt": 0.3, "sft": 0.7}
