@@ -16,7 +16,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ CORES_EACH = (
     8  # a CPU worker by default: beyond that the small models of a sweep gain little from more threads
 )
 CONNECT_SECONDS = 5.0
+SERVERS = ("gcs_server", "raylet")  # Ray's own processes that a driver cannot outlive
 _TOKEN = secrets.token_hex(32)  # Ray remembers the first one a process gives
 
 
@@ -119,7 +120,7 @@ def cluster(address: str, workers: int, cuda: bool) -> Iterator[list[Node]]:
         stack.callback(_end, ray, family)
         try:
             # Ray puts the current folder on every worker's path: a user's own engine/ there would shadow ours.
-            with contextlib.chdir(folder), _own_sigterm():
+            with contextlib.chdir(folder), _own_sigterm(ours):
                 ray.init(
                     log_to_driver=False, configure_logging=False, logging_level=logging.ERROR,
                     namespace=f"medmerge-{os.getpid()}", **options,
@@ -211,16 +212,50 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Put back the handler that Ray replaces with one that ends the process without a word."""
+def _own_sigterm(ours: bool) -> Iterator[None]:
+    """Put back the handler that Ray replaces with one that ends the process without a word.
+
+    `medmerge jobs cancel` sends SIGTERM to a job and to all it started, and a driver whose raylet is gone is ended by
+    Ray on the spot. So the processes of a cluster of ours start with SIGTERM blocked, which they inherit: the job ends
+    them. Until they have started it waits for us too.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if ours else set())
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def held_sigterm() -> Iterator[Callable[[], None]]:
+    """SIGTERM waits until the function given is called: an exception that its handler raises inside Ray's compiled
+    code comes out as a SystemError, or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    came: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    given = False
+
+    def check() -> None:
+        nonlocal given
+        if came and not given:
+            given = True  # the handler is not set again: the job's ignores further signals
+            signal.signal(signal.SIGTERM, handler)
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        yield check
+        check()
+    finally:
+        if not given:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _children(parent: psutil.Process | None = None) -> list[psutil.Process]:
@@ -231,11 +266,26 @@ def _children(parent: psutil.Process | None = None) -> list[psutil.Process]:
 
 
 def _end(ray: Any, family: set[psutil.Process]) -> None:
-    """Leave the cluster. family: what Ray started here; none of it, and of what that started, stays."""
+    """Leave the cluster. family: what Ray started here; none of it, and of what that started, stays.
+
+    Ray gives each of its processes a second to end by SIGTERM, which is blocked there; those that look after nobody
+    are killed first, so that a cancelled job ends well within its grace.
+    """
     everyone = family | {child for parent in family for child in _children(parent)}
+    _kill([p for p in family if _told(p, "ppid") == os.getpid() and _told(p, "name") not in SERVERS])
     ray.shutdown()
-    _, alive = psutil.wait_procs(list(everyone), timeout=2)
-    for process in alive:
+    _kill(list(everyone))
+
+
+def _told(process: psutil.Process, name: str) -> Any:
+    try:
+        return getattr(process, name)()
+    except psutil.Error:
+        return None
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(alive, timeout=2)
+    psutil.wait_procs(processes, timeout=2)

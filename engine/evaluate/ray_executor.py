@@ -8,8 +8,9 @@ servers are measured by this process itself: `concurrency` is a limit of the ser
 from __future__ import annotations
 
 import contextlib
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from engine.evaluate import local
 from engine.evaluate.bench import Bench
 from engine.evaluate.cells import Cell
 from engine.evaluate.config import EvalConfig, GgufFile, Server
-from engine.evaluate.ray_cluster import Crew, cluster, plan_crew
+from engine.evaluate.ray_cluster import Crew, cluster, held_sigterm, plan_crew
 from engine.evaluate.ray_worker import Wanted, Worker
 from engine.evaluate.recorder import Recorder
 from engine.weights import Checkpoint
@@ -51,7 +52,8 @@ def measure(
         wanted = Wanted.of(config, theirs)
         with cluster(address, workers, device.type == "cuda") as nodes:
             crew = plan_crew(nodes, workers, device.type == "cuda", _nbytes(told, theirs), len(theirs))
-            _Dispatch(told, recorder, theirs, crew, wanted).run()
+            with held_sigterm() as check:
+                _Dispatch(told, recorder, theirs, crew, wanted).run(check)
     if mine:
         local.measure(Bench(config, recorder.events.log), recorder, mine)
 
@@ -105,8 +107,8 @@ class _Dispatch:
             scheduling_strategy="SPREAD",
         )
 
-    def run(self) -> None:
-        """Raises as `measure` does; the cluster's end stops the workers."""
+    def run(self, check: Callable[[], None]) -> None:
+        """Raises as `measure` does; the cluster's end stops the workers. check: raises when the job is cancelled."""
         last = time.monotonic()
         told = False
         for _ in range(self.crew.workers):
@@ -115,9 +117,10 @@ class _Dispatch:
             if not self.waiting and not self.idle:
                 raise BadInputError(
                     f"no worker of the Ray cluster can measure this run: {self.refused[-1]}",
-                    "install the same versions there, and give it the same files at the same paths",
+                    "install the same medmerge and libraries there, and give it the same files at the same paths",
                 )
             ready, _ = self.ray.wait(list(self.waiting), num_returns=1, timeout=0.5)
+            check()
             for reference in ready:
                 last = time.monotonic()
                 self._take(reference, self.waiting.pop(reference))
@@ -154,11 +157,15 @@ class _Dispatch:
                 f"the Ray cluster failed: {_line(error)}", "continue with --resume"
             ) from error
 
+    def _refuse(self, hand: _Hand, why: str) -> None:
+        """A worker that must not, or cannot, measure: another like it would not help."""
+        self.refused.append(why)
+        self.recorder.events.warning(f"{hand.name} is not used. {why}")
+        self.ray.kill(hand.actor)
+
     def _welcome(self, hand: _Hand, ready: Any) -> None:
         if ready.differences:
-            self.refused.append(f"{ready.host}: " + "; ".join(ready.differences))
-            self.recorder.events.warning(f"{hand.name} is not used. {self.refused[-1]}")
-            self.ray.kill(hand.actor)
+            self._refuse(hand, f"{ready.host}: " + "; ".join(ready.differences))
             return
         threads = f"{self.crew.cpus} thread{'s' * (self.crew.cpus > 1)}"
         self.recorder.events.log(f"{hand.name}: process {ready.pid} on {ready.host}, {threads}")
@@ -221,6 +228,9 @@ class _Dispatch:
 
     def _bury(self, hand: _Hand, error: Exception) -> None:
         """A worker died: its cell is open again, and another worker takes its place."""
+        if getattr(error, "actor_init_failed", False):  # medmerge, or what it imports, is not there
+            self._refuse(hand, f"it cannot start: {_line(error)}")
+            return
         with contextlib.suppress(Exception):  # it may be gone, or cut off and still alive
             self.ray.kill(hand.actor)
         why = _line(error)
@@ -245,9 +255,9 @@ class _Dispatch:
 
 
 def _line(error: BaseException) -> str:
-    """What Ray says of a death, in one line: without its table of ids and its traceback."""
-    lines = [
-        line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(("\t", " "))
-    ]
-    text = " ".join(lines) or type(error).__name__
+    """What Ray says of a death in one line: the last of a traceback, else all but its table of ids."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()
+    if getattr(error, "actor_init_failed", False):
+        lines = lines[-1:]
+    text = " ".join(line.strip() for line in lines if line.strip() and not line.startswith(("\t", " ")))
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"

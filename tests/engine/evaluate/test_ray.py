@@ -155,7 +155,7 @@ def test_workers_with_other_versions_or_files_measure_nothing(config, tmp_path, 
     events = EventWriter()
     with pytest.raises(BadInputError, match=r"no worker .* torch is \S+ there and 1.0 here") as error:
         on_ray(config, tmp_path / "run", events)
-    assert "same versions" in error.value.hint
+    assert "same medmerge and libraries" in error.value.hint
     assert len([e for e in events.kept if "is not used" in e.data.get("message", "")]) == 2
     assert not list((tmp_path / "run" / "cells").iterdir())
 
