@@ -1,7 +1,8 @@
 """Log-likelihoods of given tokens under a model: the base of perplexity and multiple choice. Needs torch.
 
 Sequences are right-padded in length-sorted batches. With causal attention padding on the right changes nothing
-before it, so no mask is passed; logits are made only at the positions that are scored.
+before it, so no mask is passed; logits are made only at the positions that are scored. Several continuations of
+one context (`shared_logprobs`) read its keys and values from one pass over it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ def length_batches(
 def _logits_at(model: Any, sequences: Sequence[Sequence[int]], positions: Sequence[int]) -> torch.Tensor:
     """Logits (batch, len(positions), vocabulary) of right-padded sequences, only at these positions."""
     width = max(len(sequence) for sequence in sequences)
-    padded = [[*sequence, *[0] * (width - len(sequence))] for sequence in sequences]
-    ids = torch.tensor(padded, device=model.device)
+    ids = torch.tensor(_padded(sequences, width), device=model.device)
     keep = torch.tensor(positions, device=model.device)
     return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
 
@@ -61,15 +61,63 @@ def continuation_logprobs(
     return found
 
 
-def next_token_logprobs(
-    model: Any, contexts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
-) -> list[list[float]]:
-    """log P(token | context) in nats for the candidate next tokens of each context; one forward pass."""
+@torch.inference_mode()
+def shared_logprobs(
+    model: Any, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+) -> list[list[list[float]]]:
+    """log P(token | all before it) in nats for each token of each of a context's continuations.
+
+    answers[i][k]: token ids of continuation k of context i, non-empty. One pass over the contexts gives the first
+    token of every continuation; where some have more, a second pass reads the kept keys and values of its context.
+    """
+    more = any(len(answer) > 1 for group in answers for answer in group)
+    width = max(len(context) for context in contexts)
     last = [len(context) - 1 for context in contexts]
     positions = sorted(set(last))
-    logits = _logits_at(model, contexts, positions)
-    found = []
-    for row, candidates in enumerate(tokens):
-        logprobs = torch.log_softmax(logits[row, positions.index(last[row])].float(), dim=-1)
-        found.append([float(logprobs[token]) for token in candidates])
+    output = model(
+        input_ids=torch.tensor(_padded(contexts, width), device=model.device),
+        use_cache=more,
+        logits_to_keep=torch.tensor(positions, device=model.device),
+    )
+    found: list[list[list[float]]] = []
+    for row, group in enumerate(answers):
+        logprobs = torch.log_softmax(output.logits[row, positions.index(last[row])].float(), dim=-1)
+        firsts = logprobs[torch.tensor([answer[0] for answer in group], device=logprobs.device)]
+        found.append([[x] for x in firsts.tolist()])
+    if more:
+        _add_rest(model, output.past_key_values, [len(context) for context in contexts], answers, found)
     return found
+
+
+def _add_rest(
+    model: Any,
+    cache: Any,
+    lengths: Sequence[int],
+    answers: Sequence[Sequence[Sequence[int]]],
+    found: list[list[list[float]]],
+) -> None:
+    """Append the log-likelihoods of the second and later tokens; `cache` holds the right-padded contexts."""
+    flat = [(i, k) for i, group in enumerate(answers) for k, answer in enumerate(group) if len(answer) > 1]
+    steps = max(len(answers[i][k]) for i, k in flat) - 1
+    device = model.device
+    owner = torch.tensor([i for i, _ in flat], device=device)
+    cache.batch_select_indices(owner)
+    inputs = torch.tensor(_padded([answers[i][k][:-1] for i, k in flat], steps), device=device)
+    length = torch.tensor(lengths, device=device)[owner][:, None]
+    width = cache.get_seq_length()
+    seen = (torch.arange(width, device=device)[None] < length).long()
+    logits = model(
+        input_ids=inputs,
+        attention_mask=torch.cat([seen, torch.ones_like(inputs)], 1),  # what pads an answer comes after it
+        position_ids=length + torch.arange(steps, device=device)[None],
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    for row, (i, k) in enumerate(flat):
+        rest = list(answers[i][k][1:])
+        logprobs = torch.log_softmax(logits[row, : len(rest)].float(), dim=-1)
+        found[i][k] += logprobs.gather(1, torch.tensor(rest, device=device)[:, None])[:, 0].tolist()
+
+
+def _padded(sequences: Sequence[Sequence[int]], width: int) -> list[list[int]]:
+    return [[*sequence, *[0] * (width - len(sequence))] for sequence in sequences]
