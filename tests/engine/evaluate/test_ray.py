@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from engine.errors import BadInputError, CancelledError
+from engine.errors import BadInputError
 from engine.evaluate import job, parse_config, ray_worker
 from engine.evaluate.bench import stamps_of
 from engine.evaluate.ray_cluster import Crew, Node, plan_crew
 from engine.evaluate.ray_worker import Wanted
 from engine.evaluate.store import RunStore
+from engine.jobs import JobSpec, JobStore, cancel, launch
 from engine.jobs.events import EventWriter
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'medmerge-tui[ray]'")
@@ -82,12 +84,16 @@ def same_rows(one: Path, other: Path) -> None:
     assert RunStore(one).prompts() == RunStore(other).prompts()
 
 
-class Watch(EventWriter):
-    """Kills a worker, or cancels the run, once the first rows of a cell of answers are there."""
+def ray_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
 
-    def __init__(self, kill: bool = False, cancel: bool = False) -> None:
+
+class Watch(EventWriter):
+    """Knows which worker has which cell, and kills one once the first rows of a cell of answers are there."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.kill, self.cancel = kill, cancel
+        self.killed = ""
         self.pids: dict[str, int] = {}
         self.cells: dict[str, list[str]] = {}  # worker -> titles
 
@@ -100,46 +106,54 @@ class Watch(EventWriter):
 
     def progress(self, done: float, total: float | None = None, **rest: Any) -> None:
         super().progress(done, total, **rest)
-        if "warm" not in str(rest.get("message")):
-            return
-        if self.kill:
-            self.kill = False
-            worker = next(name for name, titles in self.cells.items() if titles[-1] == rest["message"])
-            os.kill(self.pids[worker], signal.SIGKILL)
-        if self.cancel:
-            raise CancelledError("cancelled")
+        message = str(rest.get("message"))
+        if "warm" in message and not self.killed:
+            self.killed = next(name for name, titles in self.cells.items() if titles[-1] == message)
+            os.kill(self.pids[self.killed], signal.SIGKILL)
 
 
 def test_two_workers_give_the_rows_of_this_machine_and_one_may_be_killed(config, tmp_path):
     run(config, tmp_path / "one" / "local", EventWriter())
-    watch = Watch(kill=True)
+    watch = Watch()
+    handler, before = signal.getsignal(signal.SIGTERM), ray_variables()
     result = on_ray(config, tmp_path / "two" / "ray", watch)
+    assert signal.getsignal(signal.SIGTERM) == handler and ray_variables() == before
     assert result["exit_code"] == 0 and not result["failed"]
     same_rows(tmp_path / "one" / "local", tmp_path / "two" / "ray")
     assert not list((tmp_path / "two" / "ray" / "cells").glob("*.jsonl"))
     # two worked, one of them died in a cell, and a third took its place or the other its cell
     assert len(watch.pids) >= 2 and {"worker 1", "worker 2"} <= watch.cells.keys()
     said = [event.data["message"] for event in watch.kept if event.type == "warning"]
-    assert len([words for words in said if re.match(r"worker \d died in .*warm.*: The actor", words)]) == 1
+    assert (
+        len([words for words in said if re.match(watch.killed + r" died in .*warm.*: The actor", words)]) == 1
+    )
     titles = [title for given in watch.cells.values() for title in given]
     assert len(titles) == len(set(titles)) + 1 == 7  # six cells, one of them given twice
     progress = [event.data for event in watch.kept if event.type == "progress"]
     assert progress[-1]["done"] == progress[-1]["total"] == 2 * (SAMPLES + SAMPLES + 8)
 
 
-def test_cancelled_on_ray_then_continued_here(config, tmp_path):
+def test_a_cancelled_job_keeps_its_rows_and_is_continued_here(config, tmp_path):
+    """Cancelling sends SIGTERM to the job and to Ray's processes, which are its children."""
     config["weights"] = [{"pt": 0.3, "sft": 0.7}]
-    run(config, tmp_path / "one" / "local", EventWriter())
+    config["decoding"][0]["max_new_tokens"] = 160
     broken = tmp_path / "two" / "ray"
-    handler = signal.getsignal(signal.SIGTERM)
-    before = os.environ.copy()
-    with pytest.raises(CancelledError):
-        on_ray(config, broken, Watch(cancel=True))
-    assert signal.getsignal(signal.SIGTERM) == handler and os.environ == before
-    kept = [line for path in (broken / "cells").glob("*.jsonl") for line in path.read_text().splitlines()]
-    assert (
-        len([line for line in kept if "cell" not in json.loads(line)]) >= 3
-    )  # the batch it was stopped after
+    values = {"config": parse_config(config).to_dict(), "out": str(broken), "mode": "sweep"}
+    spec = JobSpec("sweep", "engine.evaluate.job:run", {**values, "executor": "ray", "workers": 2})
+    started = launch(spec, tmp_path / "jobs")
+    deadline = time.monotonic() + 120
+    while not any("raw" in path.read_text() for path in broken.glob("cells/*.jsonl")):
+        assert time.monotonic() < deadline and not JobStore(tmp_path / "jobs").get(started.id).final
+        time.sleep(0.02)
+    family = psutil.Process(JobStore(tmp_path / "jobs").get(started.id).pid).children(recursive=True)
+    assert any(process.name() == "raylet" for process in family)
+    assert cancel(started)
+    ended = JobStore(tmp_path / "jobs").get(started.id)
+    assert (ended.state, ended.exit_code) == ("cancelled", 130)
+    assert not [process for process in family if process.is_running()]
+    kept = [json.loads(line) for path in (broken / "cells").glob("*.jsonl") for line in path.open()]
+    assert 3 <= len([row for row in kept if "raw" in row]) < SAMPLES
+    run(config, tmp_path / "one" / "local", EventWriter())
     run(config, broken, EventWriter(), resume=True)
     same_rows(tmp_path / "one" / "local", broken)
 
@@ -154,9 +168,9 @@ def test_workers_with_other_versions_or_files_measure_nothing(config, tmp_path, 
     monkeypatch.setattr(ray_worker.Wanted, "of", other)  # in this process; the workers are their own
     events = EventWriter()
     with pytest.raises(BadInputError, match=r"no worker .* torch is \S+ there and 1.0 here") as error:
-        on_ray(config, tmp_path / "run", events)
+        run(config, tmp_path / "run", events, executor="ray", workers=1)
     assert "same medmerge and libraries" in error.value.hint
-    assert len([e for e in events.kept if "is not used" in e.data.get("message", "")]) == 2
+    assert len([e for e in events.kept if "is not used" in e.data.get("message", "")]) == 1
     assert not list((tmp_path / "run" / "cells").iterdir())
 
 
