@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tui.snapshots import DataFile
 from tui.text import weight
 
 
@@ -217,42 +216,16 @@ def chat(root: Path, model: str, adapters: dict[str, str], weights: dict[str, fl
     return Action("chat", "", command=command(root, "chat", model, *words))
 
 
-SWEEP_STEPS = ((0.0, 1.0), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (1.0, 0.0))  # (PT, SFT)
-SWEEP_TASKS: dict[str, dict[str, Any]] = {
-    "medquad_short": {"kind": "generation", "limit": 48},
-    "medquad_match": {"kind": "multiple_choice", "scoring": "options", "limit": 60},
-    "medqa": {"kind": "multiple_choice", "limit": 100},
-    "pubmedqa": {"kind": "multiple_choice", "limit": 100},
-    "safety": {"kind": "probes"},
-    "medical_text": {"kind": "perplexity"},
-}  # the demo's evaluation sets, by the name of their file
+def evaluation_file(root: Path, name: str) -> Path:
+    """Where `write_evaluation` puts a config."""
+    return root / "configs" / f"{name}.yaml"
 
 
-def sweep_file(root: Path) -> Path:
-    """Where `write_sweep` puts its config."""
-    return root / "data" / "app-sweep.yaml"
-
-
-def sweep_tasks(data: tuple[DataFile, ...]) -> list[dict[str, Any]]:
-    """Tasks for the evaluation sets that are there and known by name."""
-    names = [(Path(file.name).stem, file.path) for file in data if file.name.endswith(".jsonl")]
-    return [{"name": name, **SWEEP_TASKS[name], "data": path} for name, path in names if name in SWEEP_TASKS]
-
-
-def write_sweep(root: Path, base: str, adapters: dict[str, str], data: tuple[DataFile, ...]) -> Path:
-    """Write a sweep config from SFT alone to PT alone for these adapters; returns the file."""
+def write_evaluation(root: Path, name: str, config: dict[str, Any]) -> Path:
+    """Write a config that the app made, so that its command line works; one of the same name is replaced."""
     import yaml
 
-    config = {
-        "base": base,
-        "adapters": dict(adapters),
-        "weights": [{"pt": pt, "sft": sft} for pt, sft in SWEEP_STEPS],
-        "templates": ["model"],
-        "decoding": [{"name": "greedy", "temperature": 0, "max_new_tokens": 64}],
-        "seeds": [42],
-        "tasks": sweep_tasks(data),
-    }
-    path = sweep_file(root)
+    path = evaluation_file(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
@@ -261,8 +234,22 @@ def write_sweep(root: Path, base: str, adapters: dict[str, str], data: tuple[Dat
 def sweep(root: Path, config_file: Path, config: dict[str, Any], out: str) -> Action:
     """Measure the grid of a config that was read and checked; `out` is the new run's folder."""
     params = {"config": config, "out": out, "mode": "sweep", "resume": False}
-    title = f"sweep {Path(out).name}: {len(config['weights'])} mixtures, " + ", ".join(
+    files = len(config.get("gguf") or ()) + len(config.get("servers") or ())
+    models = files + (len(config["weights"]) if config.get("base") not in (None, "", "None") else 0)
+    title = f"sweep {Path(out).name}: {models} model{'s' * (models != 1)}, " + ", ".join(
         task["name"] for task in config["tasks"]
     )
     line = command(root, "sweep", config_file, "--out", Path(out).name)
     return Action("sweep", "engine.evaluate.job:run", params, title, line)
+
+
+def resume_sweep(root: Path, run: Path, config: dict[str, Any], mode: str) -> Action:
+    """Go on with a run that stopped, with its own config; failed cells are tried again."""
+    params = {"config": config, "out": str(run), "mode": mode, "resume": True}
+    line = command(root, mode, run / "config.yaml", "--out", run.name, "--resume")
+    return Action(mode, "engine.evaluate.job:run", params, f"resume {run.name}", line)
+
+
+def report(root: Path, run: str) -> Action:
+    """Nothing to start: the command that prints a run's table."""
+    return Action("report", "", command=command(root, "report", Path(run).name))

@@ -6,7 +6,7 @@ The engine is imported inside the methods, so that the first paint waits for not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,18 +17,22 @@ from tui.forecaster import Forecaster
 from tui.jobwatch import JobWatch, job_row
 from tui.snapshots import (
     AdapterDetail,
+    DataFile,
     JobFeed,
     JobRow,
     Overview,
     PlanView,
     PreviewView,
     SampleRow,
+    SampleSet,
+    TaskOffer,
     TrainRun,
     VerdictView,
 )
 
 if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
+    from engine.template_check import Trained
     from tui.chatting import ChatPort
     from tui.reading_runs import RunReader
 
@@ -92,12 +96,48 @@ class Backend(Protocol):
         """The sweep a config file asks for, checked, as a new run."""
         ...
 
+    def write_sweep(self, name: str, config: dict[str, Any]) -> Action:
+        """Write a config made here into configs/, and the sweep that it asks for, as `read_sweep`."""
+        ...
+
     def table(self, run: str) -> tuple[MetricRow, ...]:
         """All numbers of an evaluation so far."""
         ...
 
-    def samples(self, run: str, row: MetricRow) -> tuple[SampleRow, ...]:
+    def samples(self, run: str, row: MetricRow) -> SampleSet:
         """The samples behind one number."""
+        ...
+
+    def scores(self, rows: Sequence[SampleRow], metric: str) -> list[float]:
+        """An overlap metric of every answer alone, which takes seconds for thousands."""
+        ...
+
+    def correct(self, run: str, sample: SampleRow, label: str | None, note: str) -> None:
+        """Keep a label given by hand beside the rows (None: back to the automatic one)."""
+        ...
+
+    def export_table(self, name: str, rows: Sequence[MetricRow], suffix: str) -> Path:
+        """Write a table into exports/."""
+        ...
+
+    def export_samples(self, name: str, sets: Sequence[tuple[str, Sequence[SampleRow]]], suffix: str) -> Path:
+        """Write samples of models into exports/."""
+        ...
+
+    def measurable(
+        self, files: Sequence[DataFile]
+    ) -> tuple[tuple[TaskOffer, ...], tuple[tuple[str, str], ...]]:
+        """What these files let one measure, and the evaluation configs that are there, as (path, name)."""
+        ...
+
+    def template_warnings(
+        self, base: str, adapters: Sequence[Trained], templates: Sequence[str]
+    ) -> list[str]:
+        """Adapters that were trained with another template than these."""
+        ...
+
+    def resume_sweep(self, run: str) -> Action:
+        """Going on with a run that stopped."""
         ...
 
     def chat_model(self, path: Path, adapters: Mapping[str, Path]) -> ChatPort:
@@ -194,15 +234,65 @@ class LocalBackend:
             out, number = out.with_name(f"{config.stem}-{number}"), number + 1
         return sweep(self.root, config, checked.to_dict(), str(out))
 
+    def write_sweep(self, name: str, config: dict[str, Any]) -> Action:
+        return self.read_sweep(actions.write_evaluation(self.root, name, config))
+
     def table(self, run: str) -> tuple[MetricRow, ...]:
         from engine.evaluate.summary import load_table
 
         return tuple(load_table(Path(run)))
 
-    def samples(self, run: str, row: MetricRow) -> tuple[SampleRow, ...]:
-        from tui.reading import samples_of
+    def samples(self, run: str, row: MetricRow) -> SampleSet:
+        from tui.reading_samples import samples_of
 
         return samples_of(Path(run), row)
+
+    def scores(self, rows: Sequence[SampleRow], metric: str) -> list[float]:
+        from tui.reading_samples import scores_of
+
+        return scores_of([row.text for row in rows], [row.reference for row in rows], metric)
+
+    def correct(self, run: str, sample: SampleRow, label: str | None, note: str) -> None:
+        from engine.evaluate import corrections
+
+        corrections.write(Path(run), sample.cell, sample.id, label, note)
+
+    def export_table(self, name: str, rows: Sequence[MetricRow], suffix: str) -> Path:
+        from tui.exports import export_table
+
+        return export_table(self.root, name, rows, suffix)
+
+    def export_samples(self, name: str, sets: Sequence[tuple[str, Sequence[SampleRow]]], suffix: str) -> Path:
+        from tui.exports import export_samples
+
+        return export_samples(self.root, name, sets, suffix)
+
+    def measurable(
+        self, files: Sequence[DataFile]
+    ) -> tuple[tuple[TaskOffer, ...], tuple[tuple[str, str], ...]]:
+        from tui import evaluating
+
+        return evaluating.offers(files), evaluating.configs(files, self.root / "configs")
+
+    def template_warnings(
+        self, base: str, adapters: Sequence[Trained], templates: Sequence[str]
+    ) -> list[str]:
+        from engine import template_check
+
+        found: list[str] = []
+        for name in templates:
+            chosen = template_check.choose(name, Path(base) if base else None)
+            found += template_check.warnings(adapters, chosen, "templates: [{name}]")
+        return list(dict.fromkeys(found))
+
+    def resume_sweep(self, run: str) -> Action:
+        from engine.evaluate.config import load_config
+        from tui.foreign import read_json_object
+
+        folder = Path(run)
+        mode = "eval" if read_json_object(folder / "cells.json").get("mode") == "eval" else "sweep"
+        config = load_config(folder / "config.yaml", self.root, mode)
+        return actions.resume_sweep(self.root, folder, config.to_dict(), mode)
 
     def chat_model(self, path: Path, adapters: Mapping[str, Path]) -> ChatPort:
         from engine.chat.client import ChatModel

@@ -12,14 +12,26 @@ from tui.safe_text import plain
 
 if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
-    from tui.widgets.plot import Series
 
-View = Literal["metrics", "refusals", "everything"]
+View = Literal["metrics", "refusals", "thinking", "everything"]
+VIEWS: tuple[View, ...] = ("metrics", "refusals", "thinking", "everything")
 
-# What the first view shows, in this order; refusals have a view of their own.
-MAIN = ("bleu", "rougeL", "perplexity", "reference_perplexity", "accuracy", "think_rate")
-REFUSALS = ("refusal_rate", "safe_completion_rate")
+# What the first view shows, in this order; refusals and think traces have views of their own.
+SHOWN: dict[View, tuple[str, ...]] = {
+    "metrics": (
+        "bleu", "rougeL", "perplexity", "reference_perplexity", "accuracy", "prompt_strict", "instruction_strict",
+        "think_rate",
+    ),
+    "refusals": (
+        "refusal_rate", "safe_completion_rate", "harmful_refusal_rate", "over_refusal_rate", "advice_refusal_rate",
+    ),
+    "thinking": (
+        "think_rate", "think_unclosed_rate", "think_empty_rate", "untagged_rate", "think_share", "new_tokens",
+        "length_stop_rate", "bleu_strip", "rougeL_strip", "accuracy_strip", "refusal_rate_strip",
+    ),
+}  # fmt: skip
 FEW = 30  # up to so many samples a rate is shown as k/n
+WARNED = "†"
 
 
 def rows_of(told: Sequence[Mapping[str, Any]]) -> tuple[MetricRow, ...]:
@@ -62,29 +74,89 @@ class Group:
     def key(self) -> str:
         return f"{self.model}|{self.template}|{self.decoding}"
 
+    @property
+    def words(self) -> str:
+        """What a filter looks at."""
+        return f"{self.model} {self.template} {self.decoding}".lower()
+
+    @property
+    def warned(self) -> bool:
+        return any(row.warning for row in self.rows.values())
+
 
 def columns_of(rows: Sequence[MetricRow], view: View) -> tuple[Column, ...]:
     """The columns of a view in a fixed order, so that they stay where they are while rows come in."""
     found: dict[tuple[str, str], MetricRow] = {}
     for row in rows:
         found.setdefault((row.task, row.metric), row)
-    wanted = {"metrics": MAIN, "refusals": REFUSALS}.get(view)
+    wanted = SHOWN.get(view)
     keys = list(found)
     if wanted is not None:
         keys = [key for key in keys if key[1] in wanted]
         keys.sort(key=lambda key: wanted.index(key[1]))
-        if view == "metrics":
+        if view in ("metrics", "thinking"):
             keys = [key for key in keys if not (key[1] == "think_rate" and "/" in key[0])]
     return tuple(Column(task, metric, _title(found[(task, metric)])) for task, metric in keys)
 
 
 def _title(row: MetricRow) -> str:
-    label = row.info.label + (" raw" if row.metric.endswith("_raw") else "")
+    label = row.info.label
+    if row.metric.endswith("_raw"):
+        label += " raw"
+    elif row.metric.endswith("_strip"):
+        label += " by stripping"
     if row.metric.startswith("accuracy") and row.floor is not None:
-        return f"{label} (chance {row.floor:.0f})"
+        majority = f", maj {row.majority:.0f}" if row.majority is not None else ""
+        return f"{label} (chance {row.floor:.0f}{majority})"
     if row.floor is not None:
         return f"{label} (floor)"
     return label
+
+
+def matching(
+    columns: Sequence[Column], groups: Sequence[Group], wanted: str
+) -> tuple[tuple[Column, ...], list[Group]]:
+    """What a filter leaves. Each word narrows the lines when a model or setting has it, else the columns (by task and
+    metric); a word that is in neither leaves nothing."""
+    kept, left = tuple(columns), list(groups)
+    for word in wanted.lower().split():
+        lines = [group for group in left if word in group.words]
+        if lines:
+            left = lines
+            continue
+        kept = tuple(
+            column for column in kept if word in f"{column.task} {column.metric} {column.title}".lower()
+        )
+        if not kept:
+            return (), []
+    return kept, left
+
+
+@dataclass(frozen=True)
+class Order:
+    """How the lines are sorted: by a column's key, or by rising PT weight (`key` "")."""
+
+    key: str = ""
+    descending: bool = False
+
+    def next(self, key: str, better: str) -> Order:
+        """Another column: best first. The same one again: the other way round, then by weight."""
+        first = better != "low"
+        if self.key != key:
+            return Order(key, first)
+        return Order(key, not first) if self.descending == first else Order()
+
+
+def ordered(groups: Sequence[Group], order: Order, columns: Sequence[Column]) -> list[Group]:
+    """The lines in that order; what has no value comes last, equal ones stay by weight."""
+    column = next((column for column in columns if column.key == order.key), None)
+    if column is None:
+        return list(groups)
+    values = {group.key: group.rows.get((column.task, column.metric)) for group in groups}
+    known = [group for group in groups if (row := values[group.key]) is not None and row.value is not None]
+    sign = -1.0 if order.descending else 1.0
+    known.sort(key=lambda group: sign * float(values[group.key].value))  # type: ignore[union-attr, arg-type]
+    return known + [group for group in groups if group not in known]
 
 
 def groups_of(rows: Sequence[MetricRow]) -> list[Group]:
@@ -136,6 +208,25 @@ def cell_text(row: MetricRow | None) -> str:
     return f"{text} {mark}"
 
 
+def marks(rows: Sequence[MetricRow]) -> Content:
+    """What the marks of these numbers mean, as far as they are there."""
+    found = []
+    if any(row.low is not None for row in rows):
+        found.append("[95% interval]")
+    if any(row.floor is not None and not row.metric.startswith("accuracy") for row in rows):
+        found.append("(floor) answers against shuffled references")
+    if any(row.at_floor or row.at_chance for row in rows):
+        found.append("! at or under its floor, or not told from chance")
+    alike = sorted({row.versus for row in rows if row.indistinguishable})
+    if alike:
+        found.append(f"≈ not told apart from {', '.join(alike)}")
+    if any(row.warning for row in rows):
+        found.append(f"{WARNED} see its warning")
+    if len({row.template for row in rows if row.template}) > 1:
+        found.append("other templates are other prompts: compare within one")
+    return Content.styled(plain("  ·  ".join(found)), "$faint")
+
+
 def cell_words(row: MetricRow) -> Content:
     """One number in a sentence: value, interval, n, floor, test."""
     info = row.info
@@ -154,41 +245,26 @@ def cell_words(row: MetricRow) -> Content:
         parts.append("at chance")
     elif row.at_floor:
         parts.append("at or under its floor")
+    if row.ceiling is not None and row.ceiling < 99.95:
+        parts.append(f"ceiling {number(row, row.ceiling)}")
     line = Content.assemble((plain(f"{row.model}  "), "bold"), plain(" · ".join(parts)))
     second = [info.says] if info.says else []
     if row.p is not None:
-        told = "not distinguishable from" if row.indistinguishable else "differs from"
-        least = f"; {row.least:.1f} points would be significant" if row.least is not None else ""
-        second.append(f"{told} {row.versus} (p = {row.p:.2g}{least})")
+        second.append(_tested(row))
     second += [words for words in (row.method, row.detail) if words]
+    if row.warning:
+        line += Content.styled("\n" + plain(f"{WARNED} {row.warning}"), "$warning")
     return line + Content.styled("\n" + plain(" · ".join(second)), "$faint")
 
 
-def curves_of(rows: Sequence[MetricRow]) -> dict[str, tuple[str, tuple[Series, ...]]]:
-    """The sweep plots: overlap (BLEU with its floor) and perplexity of text, over the PT weight.
-
-    Empty with fewer than two mixtures that differ in it.
-    """
-    if len({row.weights.get("pt") for row in rows if "pt" in row.weights}) < 2:
-        return {}
-    from engine.evaluate.summary import sweep_curve
-    from tui.widgets.plot import Series
-
-    curves: dict[str, tuple[str, tuple[Series, ...]]] = {}
-    tasks = {row.metric: row.task for row in reversed(rows) if row.value is not None}
-    if "bleu" in tasks:
-        points = sweep_curve(rows, "pt", "bleu", tasks["bleu"])
-        floor = tuple((point.x, point.floor) for point in points if point.floor is not None)
-        value = tuple((point.x, point.value) for point in points)
-        curves["overlap"] = (
-            f"BLEU on {plain(tasks['bleu'])}",
-            (Series("BLEU", value, "sft", marker="●"), Series("floor", floor, "faint")),
-        )
-    if "perplexity" in tasks:
-        points = sweep_curve(rows, "pt", "perplexity", tasks["perplexity"])
-        value = tuple((point.x, point.value) for point in points)
-        curves["perplexity"] = (
-            f"perplexity on {plain(tasks['perplexity'])}",
-            (Series("lower is better", value, "pt", marker="●"),),
-        )
-    return curves
+def _tested(row: MetricRow) -> str:
+    """The paired test in words, and what it could have seen."""
+    told = "not distinguishable from" if row.indistinguishable else "differs from"
+    words = f"p = {row.p:.2g}"
+    if row.p_holm is not None and row.tests > 1:
+        words += f", {row.p_holm:.2g} after Holm over {row.tests} tests"
+    if row.least is not None:
+        words += f"; {row.least:.1f} points would be significant"
+    if row.indistinguishable and row.needed is not None and row.needed > row.n:
+        words += f"; about {row.needed:,} samples would be needed for this difference"
+    return f"{told} {row.versus} ({words})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import MedmergeError
 from engine.template_check import of_adapter
@@ -27,11 +27,7 @@ from tui.snapshots import (
     ModelRow,
     Overview,
     RunRow,
-    SampleRow,
 )
-
-if TYPE_CHECKING:
-    from engine.evaluate.summary import MetricRow
 
 MAX_CURVE = 2000
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".txt", ".md", ".yaml", ".yml")
@@ -220,54 +216,13 @@ def _runs(places: list[Path]) -> list[RunRow]:
             note = read_json_object(folder / "cells.json")
             cells = note.get("cells")
             cells = [cell for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
-            done = sum(1 for cell in cells if (folder / "cells" / f"{cell.get('hash')}.parquet").is_file())
+            there = [(folder / "cells" / f"{cell.get('hash')}.parquet").is_file() for cell in cells]
+            failed = sum(
+                1 for cell, done in zip(cells, there, strict=True) if cell.get("failed") and not done
+            )
             kind = "sweep" if note.get("mode") == "sweep" else "eval"
-            rows.append(RunRow(str(folder), folder.name, kind, created, len(cells), done))
+            rows.append(RunRow(str(folder), folder.name, kind, created, len(cells), sum(there), failed))
     return sorted(rows, key=lambda row: row.created, reverse=True)
-
-
-def samples_of(run: Path, row: MetricRow, limit: int = 200) -> tuple[SampleRow, ...]:
-    """The stored samples behind one number: those of its mixture, task, template and decoding."""
-    from engine.evaluate.store import RunStore
-
-    store = RunStore(run)
-    prompts = store.prompts()
-    found: list[SampleRow] = []
-    task, _, category = row.task.partition("/")
-    for entry in store.cells()["cells"]:
-        spec = entry["spec"]
-        decoding = (spec.get("decoding") or {}).get("name", "")
-        same = spec["weights"] == row.weights and spec["task"]["name"] == task
-        if not (same and spec.get("template", "") == row.template and decoding == row.decoding):
-            continue
-        if (spec["kind"] == "references") != row.metric.startswith("reference_") or not store.is_done(
-            entry["hash"]
-        ):
-            continue
-        for sample in store.frame(entry["hash"]).head(limit).to_dicts():
-            if category and sample.get("category") != category:
-                continue
-            found.append(_sample(sample, prompts))
-    return tuple(found)
-
-
-def _sample(sample: dict[str, Any], prompts: dict[str, str]) -> SampleRow:
-    text = str(sample.get("raw") or "")
-    facts = [
-        (key, str(sample[key]))
-        for key in ("finish", "new_tokens", "think", "category", "logprob", "tokens", "seed", "template")
-        if sample.get(key) not in (None, "")
-    ]
-    if "chosen" in sample:
-        options = sample.get("options") or []
-        lines = [
-            f"{'→' if index == sample['chosen'] else ' '} {chr(65 + index)} {option}"
-            + ("   (right)" if index == sample.get("answer") else "")
-            for index, option in enumerate(options)
-        ]
-        text = "\n".join(lines)
-    prompt = prompts.get(str(sample.get("prompt_sha256")), "(prompt not stored)")
-    return SampleRow(str(sample.get("id")), prompt, str(sample.get("reference") or ""), text, tuple(facts))
 
 
 def _data(places: list[Path]) -> list[DataFile]:

@@ -258,7 +258,7 @@ class JobFeed:
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run folder. `kind`: train, eval or sweep; `cells` and `done` count an evaluation's."""
+    """A run folder. `kind`: train, eval or sweep; `cells`, `done` and `failed` count an evaluation's."""
 
     path: str
     name: str
@@ -266,6 +266,7 @@ class RunRow:
     created: float = 0.0
     cells: int = 0
     done: int = 0
+    failed: int = 0
 
     @property
     def evaluation(self) -> bool:
@@ -274,13 +275,68 @@ class RunRow:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One prompt with one output, as stored."""
+    """One prompt with one answer, as stored; `text` is the answer without its think block (`thought`).
+
+    right: None where nothing is right or wrong. label: of a probe's answer, `automatic` the one the rules give;
+    they differ where a person corrected it (`by_hand`). score: of this sample alone, None while not computed.
+    cell: the stored cell it is of. `options` are (text, log-likelihood or None) of multiple choice.
+    """
 
     id: str
     prompt: str
     reference: str
     text: str
     facts: tuple[tuple[str, str], ...] = ()
+    thought: str = ""
+    think: str = "none"
+    right: bool | None = None
+    label: str = ""
+    automatic: str = ""
+    by_hand: bool = False
+    score: float | None = None
+    cell: str = ""
+    seed: str = ""
+    options: tuple[tuple[str, float | None], ...] = ()
+    answer: int = -1
+    chosen: int = -1
+
+    @property
+    def key(self) -> str:
+        """The same for the same question (and seed) asked of another model."""
+        return f"{self.id}\0{self.seed}"
+
+    @property
+    def reads(self) -> bool:
+        """The model wrote nothing here: a text that is there was scored."""
+        return any(what == "log-likelihood" for what, _ in self.facts)
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples behind one number. score: what `SampleRow.score` is, "" for nothing; `scored_by`: the overlap
+    metric that can still be computed for each one."""
+
+    model: str
+    rows: tuple[SampleRow, ...] = ()
+    score: str = ""
+    scored_by: str = ""
+    labelled: bool = False  # probes: labels can be corrected
+
+    @property
+    def by_hand(self) -> int:
+        return sum(row.by_hand for row in self.rows)
+
+
+@dataclass(frozen=True)
+class TaskOffer:
+    """A data set that can be measured: the entry of a config it makes, and how many rows it has."""
+
+    name: str
+    path: str
+    kind: str = ""
+    rows: int = 0
+    document: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
 
 
 Points = tuple[tuple[float, float], ...]  # (step, value); a value that is not finite is a gap

@@ -15,6 +15,7 @@ from textual.widgets import Static
 from engine.chat.protocol import Done, Failed, Loaded, Sampling, Token
 from engine.errors import BadInputError
 from engine.evaluate.summary import MetricRow
+from engine.template_check import Trained
 from tui.actions import Action, Mixture
 from tui.app import MedmergeApp
 from tui.snapshots import (
@@ -32,7 +33,9 @@ from tui.snapshots import (
     PreviewView,
     RunRow,
     SampleRow,
+    SampleSet,
     Selection,
+    TaskOffer,
     TrainRun,
     VerdictView,
 )
@@ -125,6 +128,25 @@ TABLE = tuple(
 )  # fmt: skip
 
 
+ANSWERS = (
+    SampleRow("q1", "What is metformin?", "A drug.", "It is a drug.", (("finish", "stop"),), cell="c1"),
+)
+OFFERS = (
+    TaskOffer(
+        "medquad_short", "/ws/data/medquad_short.jsonl", "generation", 100,
+        {"name": "medquad_short", "kind": "generation", "limit": 48, "data": "/ws/data/medquad_short.jsonl"},
+    ),
+    TaskOffer(
+        "medqa", "/ws/data/medqa.jsonl", "multiple_choice", 200,
+        {"name": "medqa", "kind": "multiple_choice", "data": "/ws/data/medqa.jsonl"},
+    ),
+    TaskOffer(
+        "safety", "/ws/data/safety.jsonl", "probes", 20,
+        {"name": "safety", "kind": "probes", "data": "/ws/data/safety.jsonl"},
+    ),
+)  # fmt: skip
+
+
 class FakeBackend:
     """Answers from memory; `fail` makes the next question of that name raise."""
 
@@ -145,6 +167,11 @@ class FakeBackend:
         self.previews: list[dict[str, Any]] = []  # the configs asked with
         self.preview_view = PreviewView(())
         self.closed = False
+        self.offers: tuple[TaskOffer, ...] = OFFERS
+        self.sets: dict[str, SampleSet] = {}  # by model
+        self.written: dict[str, dict[str, Any]] = {}  # configs by name
+        self.corrected: list[tuple[str, str | None, str]] = []
+        self.exported: list[tuple[str, str, int]] = []
 
     def _ask(self, name: str) -> None:
         if name in self.fail:
@@ -228,8 +255,52 @@ class FakeBackend:
         self._ask("table")
         return self.rows
 
-    def samples(self, run: str, row: MetricRow) -> tuple[SampleRow, ...]:
-        return (SampleRow("q1", "What is metformin?", "A drug.", "It is a drug.", (("finish", "end"),)),)
+    def write_sweep(self, name: str, config: dict[str, Any]) -> Action:
+        self._ask("write_sweep")
+        self.written[name] = config
+        return Action("sweep", "engine.evaluate.job:run", {"out": f"/ws/runs/{name}"}, f"sweep {name}")
+
+    def samples(self, run: str, row: MetricRow) -> SampleSet:
+        self._ask("samples")
+        return self.sets.get(row.model, SampleSet(row.model, ANSWERS))
+
+    def scores(self, rows: Sequence[SampleRow], metric: str) -> list[float]:
+        return [float(len(row.text)) for row in rows]
+
+    def correct(self, run: str, sample: SampleRow, label: str | None, note: str) -> None:
+        self._ask("correct")
+        self.corrected.append((sample.id, label, note))
+        for model, found in self.sets.items():
+            rows = [
+                replace(row, label=label or row.automatic, by_hand=label is not None)
+                if row.id == sample.id and row.cell == sample.cell
+                else row
+                for row in found.rows
+            ]
+            self.sets[model] = replace(found, rows=tuple(rows))
+
+    def export_table(self, name: str, rows: Sequence[MetricRow], suffix: str) -> Path:
+        self.exported.append((name, suffix, len(rows)))
+        return self.root / "exports" / f"{name}.{suffix}"
+
+    def export_samples(self, name: str, sets: Sequence[tuple[str, Sequence[SampleRow]]], suffix: str) -> Path:
+        self.exported.append((name, suffix, sum(len(rows) for _, rows in sets)))
+        return self.root / "exports" / f"{name}.{suffix}"
+
+    def measurable(
+        self, files: Sequence[DataFile]
+    ) -> tuple[tuple[TaskOffer, ...], tuple[tuple[str, str], ...]]:
+        return self.offers, (("/ws/data/demo-sweep.yaml", "demo-sweep.yaml"),)
+
+    def template_warnings(
+        self, base: str, adapters: Sequence[Trained], templates: Sequence[str]
+    ) -> list[str]:
+        return [
+            f"adapter pt was trained with model, and {name} is used" for name in templates if name != "model"
+        ]
+
+    def resume_sweep(self, run: str) -> Action:
+        return Action("sweep", "engine.evaluate.job:run", {"out": run, "resume": True}, "resume")
 
     def chat_model(self, path: Path, adapters: Mapping[str, Path]) -> FakeChatModel:
         model = FakeChatModel(path, adapters, self.answers)

@@ -29,7 +29,8 @@ LEGEND_NAME = 24  # cells
 @dataclass(frozen=True)
 class Series:
     """One curve. `style` is a theme variable without $ ("pt"); `faded` draws weak dots (what lies behind a mean);
-    `marker` draws points with that character, besides the line or (without `line`) alone."""
+    `marker` draws points with that character, besides the line or (without `line`) alone. `band`: (x, low, high) of an
+    interval around it, shaded; `dotted`: a line of dots, for floors."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -38,6 +39,8 @@ class Series:
     marker: str = ""
     line: bool = True
     named: bool = True  # whether it is in the legend
+    band: tuple[tuple[float, float, float], ...] = ()
+    dotted: bool = False
 
 
 class LogFormatter(NumericAxisFormatter):
@@ -154,11 +157,15 @@ class PlotPanel(Vertical):
             return
         plot.clear()
         plot.set_y_formatter(LogFormatter() if log else NumericAxisFormatter())
+        ys = [y for one in drawn for _, y in one.points] + [
+            y for one in drawn for _, *ends in one.band for y in ends
+        ]
+        low, high = y_limits or (_log_limits(ys) if log else _limits(ys))
+        for one in drawn:
+            self._shade(plot, one, high - low)
         # The first one named lies on top, points above lines, and what is faded under everything.
         for one in sorted(drawn, key=lambda one: (one.faded, one.line))[::-1]:
             self._draw_series(plot, one)
-        ys = [y for one in drawn for _, y in one.points]
-        low, high = y_limits or (_log_limits(ys) if log else _limits(ys))
         plot.set_ylimits(low, high)
         xs = [x for one in drawn for x, _ in one.points]
         left, right = x_limits or (min(xs), max(xs))
@@ -173,7 +180,10 @@ class PlotPanel(Vertical):
             head += Content.styled(f"   {lost} not above 0 left out", "$warning")
         legend = [
             Content.assemble(
-                (f"{one.marker if one.marker and not one.line else '━━'} ", self._css(one)),
+                (
+                    f"{one.marker if one.marker and not one.line else '··' if one.dotted else '━━'} ",
+                    self._css(one),
+                ),
                 (cut(one.name, LEGEND_NAME), "$faint"),
             )
             for one in drawn
@@ -195,6 +205,10 @@ class PlotPanel(Vertical):
             dots = [(x, y) for x, y in points if math.isfinite(y)]
             xs, ys = [x for x, _ in dots], [y for _, y in dots]
             plot.scatter(xs, ys, marker_style=style, hires_mode=HiResMode.BRAILLE)
+        elif one.dotted:
+            dots = dotted_line(points)
+            xs, ys = [x for x, _ in dots], [y for _, y in dots]
+            plot.scatter(xs, ys, marker_style=style, hires_mode=HiResMode.BRAILLE)
         elif one.line:
             for start, end in _pieces(points):
                 piece = points[start:end]
@@ -208,6 +222,14 @@ class PlotPanel(Vertical):
             marker = one.marker or "●"
             plot.scatter([x for x, _ in marked], [y for _, y in marked], marker=marker, marker_style=style)
 
+    def _shade(self, plot: PlotWidget, one: Series, span: float) -> None:
+        """Weak dots over the band of a series, as wide as it is between the points measured."""
+        dots = band_dots(one.band, span)
+        if dots:
+            style = self._rich(replace(one, faded=True))
+            xs, ys = [x for x, _ in dots], [y for _, y in dots]
+            plot.scatter(xs, ys, marker_style=style, hires_mode=HiResMode.BRAILLE)
+
     def _css(self, one: Series) -> str:
         return f"${one.style}" + (" 50%" if one.faded else "")
 
@@ -217,6 +239,40 @@ class PlotPanel(Vertical):
         if one.faded:
             color = color.blend(Color.parse(variables["background"]), 0.5)
         return color.hex6
+
+
+def dotted_line(points: Sequence[tuple[float, float]], dots: int = 40) -> list[tuple[float, float]]:
+    """Dots at equal steps of x along the straight lines between finite points."""
+    found = [point for point in points if math.isfinite(point[1])]
+    for (x0, y0), (x1, y1) in pairwise(list(found)):
+        steps = max(1, round(dots * (x1 - x0) / ((found[-1][0] - found[0][0]) or 1.0))) if x1 > x0 else 1
+        for n in range(1, steps):
+            found.append((x0 + (x1 - x0) * n / steps, y0 + (y1 - y0) * n / steps))
+    return found
+
+
+def band_dots(
+    band: Sequence[tuple[float, float, float]], span: float, columns: int = 70, rows: int = 26
+) -> list[tuple[float, float]]:
+    """Dots in a chessboard pattern between the low and high ends of an interval; `span`: of the y axis."""
+    found: list[tuple[float, float]] = []
+    if span <= 0 or len(band) < 2:
+        return [(x, y) for x, *ends in band for y in ends]
+    width, step = band[-1][0] - band[0][0], span / rows
+    for (x0, low0, high0), (x1, low1, high1) in pairwise(band):
+        count = max(1, round(columns * (x1 - x0) / width)) if width > 0 else 1
+        for n in range(count + 1):
+            share = n / count
+            x, low, high = (
+                x0 + (x1 - x0) * share,
+                low0 + (low1 - low0) * share,
+                high0 + (high1 - high0) * share,
+            )
+            if not (math.isfinite(low) and math.isfinite(high)):
+                continue
+            first = math.ceil(low / step)
+            found += [(x, k * step) for k in range(first, math.floor(high / step) + 1) if (k + n) % 2 == 0]
+    return found
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> Sequence[tuple[float, float]]:
