@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _HAN = re.compile(r"[\u4e00-\u9fff]")
+_JUDGED = re.compile(r"[错不正项选和或与是为对可也都会能均]")  # "A错误" speaks about A
+_SHORT = 80  # characters: a text that is a letter and nothing else
+_ARTICLE = re.compile(r"^\s*(?:(?:the|an?)\s+)?[\"'“‘(]*", re.IGNORECASE)
 _MARKUP = re.compile(
     r"\*+|`+|~~|(?<![A-Za-z0-9])_+|_+(?![A-Za-z0-9])|\$+|^[ \t]*#+[ \t]*|^[ \t]*>[ \t]+", re.MULTILINE
 )
@@ -27,32 +30,40 @@ _TAGGED = re.compile(r"<\s*answer\s*>\s*(.*?)\s*<\s*/\s*answer\s*>", re.IGNORECA
 # a base model that goes on writes the next question itself
 _NEXT_QUESTION = re.compile(r"\S\s*\n\s*(?:Question|Q|问题|题目)\s*\d*\s*[:.]", re.IGNORECASE)
 
-_ADVERBS = r"(?:(?:most|very|likely|probably|definitely|clearly|therefore|thus|actually|certainly|indeed|simply|still|also|obviously|hence)\b[\s,]*){0,3}"
+_ADVERBS = (
+    r"(?:(?:most|very|likely|probably|definitely|clearly|therefore|thus|"
+    r"actually|certainly|indeed|simply|still|also|obviously|hence)\b[\s,]*){0,3}"
+)
 _DENIED = r"(?P<no>not\b|never\b|neither\b|unlikely\b|n't\b)?"
 _IS = (
-    r"(?:\s*(?:is|are|was|would\s+be|should\s+be|must\s+be|will\s+be|could\s+be|may\s+be|might\s+be|can\s*be|"
-    r"cannot\s+(?P<cannot>be)|has\s+to\s+be|seems\s+to\s+be|appears\s+to\s+be|remains|=)(?![a-z])|\s*(?=n't))"
+    r"(?:\s*(?:\b(?:is|are|was|would\s+be|should\s+be|must\s+be|will\s+be|could\s+be|may\s+be|might\s+be|can\s*be|"
+    r"cannot\s+(?P<cannot>be)|has\s+to\s+be|seems\s+to\s+be|appears\s+to\s+be|remains)(?![a-z])|=)|\s*(?=n't))"
 )
 _NOUN = r"\b(?:answers?|ans|choice|option|response|letter|solution|conclusion)\b"
 _CONCLUSIONS = [
     re.compile(_NOUN + r"[^.\n:;?!]{0,80}?(?:" + _IS + r"\s*:?\s*" + _ADVERBS + _DENIED + r")", re.IGNORECASE),
-    re.compile(_NOUN + r"(?:\s*\([^()\n]{0,30}\))?\s*\.?\s*(?::|=|\s[-–—]|-+>|=+>|→|\n)\s*(?P<no>not\b)?", re.IGNORECASE),
-    re.compile(r"\b(?:correct|right|best|final|my|the)\s+answer\s+(?=\(?[A-Z]\b)|\banswer\s+(?=[A-Z]\W*$)", re.IGNORECASE),
+    re.compile(_NOUN + r"(?:\s*\([^()\n]{0,30}\))?"
+        r"\s*\.?\s*(?::|=|\s[-–—]|-+>|=+>|→|\n)\s*(?P<no>not\b)?",
+        re.IGNORECASE),
+    re.compile(r"\b(?:correct|right|best|final|my|the)\s+answer\s+(?=\(?[A-Z]\b)"
+        r"|\banswer\s+(?=[A-Z]\W*$)", re.IGNORECASE),
     re.compile(
-        r"(?P<no>(?:\bnot|n't|\bnever|\bcannot)\s+)?\b(?:I|we|let'?s|let us|you)(?:'d|'ll|\s+would|\s+will|\s+should|\s+must|"
-        r"\s+can)?(?P<no2>\s+not|\s*n't|\s+never)?\s+(?:choose|chose|pick|picked|select|selected|go\s+with|went\s+with|opt\s+for|"
+        r"(?P<no>(?:\bnot|n't|\bnever|\bcannot)\s+)?\b(?:I|we|let'?s|let us|you)(?:'d|'ll|\s+would|\s+will|\s+should|"
+        r"\s+must|\s+can)?(?P<no2>\s+not|\s*n't|\s+never)?\s+(?:"
+        r"choose|chose|pick|picked|select|selected|go\s+with|went\s+with|opt\s+for|"
         r"answer)\s+(?:for\s+)?",
         re.IGNORECASE,
     ),
     re.compile(
-        r"(?:答案|正确选项|正确的选项|最佳选项|正确选择|最佳选择|正确的是|结论)[^。\n,;A-Za-z]{0,16}?"
-        r"(?P<no>不是|不为|不会是|并非|不应|不可能)?(?:应该|应当|应|就|只能|可能|便)?(?:选择|选|是|为|:|：|\s)+\s*(?::|：)?"
+        r"(?:答案|正确选项|正确的选项|最佳选项|正确选择|最佳选择|正确的是|结论)[^。\n,;A-Za-z不非]{0,16}?"
+        r"(?:(?P<no>不会|不应该|不应|不可能|不|并非|非)(?:选择|选|是|为|\s)*|(?:应该|应当|应|就|只能|可能|便)?(?:选择|选|是|为|:|\s)+)"
     ),
     re.compile(r"(?P<no>不能|不应该|不应|不可|不|勿|未|别)?(?:会|要)?(?:选择|选定|选取|挑选|选)(?!项)\s*[:：]?"),
 ]  # fmt: skip
 _ANSWER_AFTER = re.compile(  # "C is the answer"
     r"\s*(?:is|would\s+be|must\s+be|should\s+be|seems|appears|是|为|就是)\s*" + _ADVERBS
-    + r"(?:(?:the|my|your|our)\s+)?(?:(?:most|only|single|one|final|overall)\s+)?(?:(?:correct|right|best|likely|appropriate|"
+    + r"(?:(?:the|my|your|our)\s+)?(?:(?:most|only|single|one|final|overall)\s+)?"
+    r"(?:(?:correct|right|best|likely|appropriate|"
     r"accurate|suitable|logical|final)\s+)?(?:answer|choice|option|response)\b",
     re.IGNORECASE,
 )  # fmt: skip
@@ -62,7 +73,10 @@ _RIGHT_AFTER = re.compile(
     r"|\s*(?:选项|项)?\s*(?:是|为|最|才是|才)?(?:正确|对的|最佳|最合适|最恰当)",
     re.IGNORECASE,
 )  # fmt: skip
-_LEAD = r"(?:\s*(?:(?:definitely|clearly|simply|either|both|with)\s+)?(?:the\s+)?(?:(?:option|choice|letter|answer|number|choices|options|选项|选择)\s*:?\s*)?)"
+_LEAD = (
+    r"(?:\s*(?:(?:definitely|clearly|simply|either|both|with)\s+)?(?:the\s+)?"
+    r"(?:(?:option|choice|letter|answer|number|choices|options|选项|选择)\s*:?\s*)?)"
+)
 _OPEN, _CLOSE = r"[\s\"'“‘(\[{<【《:]*", r"[\"'”’)\]}>】》]*"
 _AT = re.compile(_LEAD + _OPEN + r"(?P<letter>[A-Za-z])(?![A-Za-z0-9'’])", re.IGNORECASE)
 _ALONE = re.compile(r"(?<![A-Za-z0-9'’.\-])(?P<letter>[A-Z])(?![A-Za-z0-9'’\-])")
@@ -71,9 +85,11 @@ _BARE = re.compile(
     re.IGNORECASE,
 )
 _ALSO = re.compile(
-    r"(?P<how>\s*(?:,\s*)?(?:and/or|and|or|nor|&|/|\+|,|、|和|或者|或|与|及|以及|;)\s*)(?:also\s+|maybe\s+|possibly\s+|perhaps\s+|even\s+|then\s+)?"
+    r"(?P<how>\s*(?:,\s*)?(?:and/or|and|or|nor|&|/|\+|,|、|和|或者|或|与|及|以及|;)\s*)"
+    r"(?:also\s+|maybe\s+|possibly\s+|perhaps\s+|even\s+|then\s+)?"
     r"(?:option\s+|choice\s+|选项)?[\"'“‘(\[]*(?P<letter>[A-Za-z])(?![A-Za-z0-9'’])" + _CLOSE
-    + r"(?P<clause>\s*(?:is|are|was|were|would|can|could|may|might|does|do|has|describes|refers|applies|错|不|是|项|选项))?",
+    + r"(?P<clause>\s*(?:is|are|was|were|would|can|could|may|might|does|do|has|"
+    r"describes|refers|applies|错|不|是|项|选项))?",
     re.IGNORECASE,
 )  # fmt: skip
 _BEFORE = re.compile(
@@ -88,8 +104,9 @@ _CLAUSE = re.compile(  # what may follow a letter that is an answer and not a wo
 )
 _SPECIES = re.compile(r"\.\s?(?P<word>[a-z]+)")
 _STARTERS = frozenset(
-    "because since as the this it in and however for due given based which that so these they if when a an".split()
-)
+    ["because", "since", "as", "the", "this", "it", "in", "and", "however", "for", "due", "given", "based", "which",
+     "that", "so", "these", "they", "if", "when", "a", "an"]
+)  # fmt: skip
 _ENDS = re.compile(
     r"(?:^|\b(?:is|be|it's|choose|pick|select|get|gets|receive|give|given|with|therefore|thus|so|hence|option|choice|letter|"
     r"probably|likely|definitely|say|prefer|recommend|answered|for|conclusion|选择|选|是|为)|[:：,])\s*[,:：]?\s*"
@@ -99,7 +116,7 @@ _ENDS = re.compile(
 _NEGATIVE = re.compile(
     r"\b(?:not|never|avoid|except|without|neither|nor|cannot|incorrect|wrong)\b|n't\b|不|非|除", re.IGNORECASE
 )
-_SENTENCE = re.compile(r"(?<=[.!?;。！？；\n])\s*(?=\S{2})")
+_SENTENCE = re.compile(r"\n+|(?<=[.!?;。])\s*(?=\S{2})")
 
 
 @dataclass(frozen=True)
@@ -123,8 +140,9 @@ def parse_letter(text: str, options: Sequence[str], language: str = "en") -> int
 class _Reader:
     def __init__(self, text: str, options: list[str], language: str) -> None:
         self.text, self.options, self.language = text, options, language
+        self.reach = 40 + 2 * max(map(len, options), default=0)
         self.named = [k for k, option in enumerate(options) if option and option == _plain(text)]
-        bare = _BARE.fullmatch(text)
+        bare = _BARE.fullmatch(text) if len(text) <= _SHORT else None
         self.bare = bare["letter"] if bare else ""
         self.is_whole = len(self.named) == 1 or bool(self.bare)
 
@@ -174,9 +192,8 @@ class _Reader:
 
     def _option_at(self, place: int) -> _Read | None:
         """One option's text, after "the answer is (the)"."""
-        skipped = re.compile(r"\s*(?:(?:the|an?)\s+)?[\"'“‘(]*", re.IGNORECASE).match(self.text, place)
-        rest = self.text[skipped.end() if skipped else place :].casefold()
-        fits = [k for k, option in enumerate(self.options) if _begins(rest, option)]
+        rest = _ARTICLE.sub("", self.text[place : place + self.reach].casefold())
+        fits = [k for k, option in enumerate(self.options) if _begins(rest, _ARTICLE.sub("", option))]
         longest = [k for k in fits if len(self.options[k]) == max(len(self.options[j]) for j in fits)]
         return _Read(place, longest[0]) if len(longest) == 1 else None
 
@@ -187,7 +204,7 @@ class _Reader:
             close = re.compile(_CLOSE + r"(?:\s*(?:选项|项))?").match(self.text, match.end())
             if not after.match(self.text, close.end() if close else match.end()):
                 continue
-            before = self.text[: match.start()]
+            before = self.text[max(0, match.start() - 40) : match.start()]
             if _DENIED_BEFORE.search(before):
                 continue
             joined = _BEFORE.search(before)
@@ -221,9 +238,13 @@ class _Reader:
             return None
         if self.options[index] and _plain(rest) == self.options[index]:
             return _Read(0, index)
-        if not match["mark"]:
+        if match["mark"] is None:
             reason = re.match(r"(?:because|since|as|due to)\b", rest, re.IGNORECASE)
-            han = _HAN.match(rest) and (self.language == "zh" or not match["letter"].islower())
+            han = (
+                _HAN.match(rest)
+                and not _JUDGED.match(rest)
+                and (self.language == "zh" or not match["letter"].islower())
+            )
             if not (match["letter"].isupper() and (reason or han)):
                 return None
         elif match["letter"].islower() and not re.search(r"[)\].】\n]", match["mark"]) and rest:
@@ -261,7 +282,7 @@ class _Reader:
     def _is_answer(self, match: re.Match[str]) -> bool:
         """Whether the letter is meant as one: no article, no pronoun, no genus."""
         letter, end = match["letter"], match.end()
-        marked = bool(re.search(r"[(\[\"'“‘{]\s*$", self.text[: match.start("letter")]))
+        marked = self.text[: match.start("letter")][-3:].rstrip()[-1:] in tuple("([\"'“‘{")
         if (
             letter.islower()
             and not marked
