@@ -69,8 +69,14 @@ def shared_logprobs(
 
     answers[i][k]: token ids of continuation k of context i, non-empty. One pass over the contexts gives the first
     token of every continuation; where some have more, a second pass reads the kept keys and values of its context.
+    Where that would save less than half of the tokens (long options of short questions), every continuation goes
+    through the model with its own copy of the context, which is quicker then and needs no mask.
     """
     more = any(len(answer) > 1 for group in answers for answer in group)
+    if more and not _worth_sharing(contexts, answers):
+        pairs = [(context, a) for context, group in zip(contexts, answers, strict=True) for a in group]
+        flat = iter(continuation_logprobs(model, pairs))
+        return [[next(flat) for _ in group] for group in answers]
     width = max(len(context) for context in contexts)
     last = [len(context) - 1 for context in contexts]
     positions = sorted(set(last))
@@ -117,6 +123,14 @@ def _add_rest(
         rest = list(answers[i][k][1:])
         logprobs = torch.log_softmax(logits[row, : len(rest)].float(), dim=-1)
         found[i][k] += logprobs.gather(1, torch.tensor(rest, device=device)[:, None])[:, 0].tolist()
+
+
+def _worth_sharing(contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> bool:
+    """Whether passes over contexts and continuations hold at most half the tokens of all pairs written out."""
+    counts = [len(context) for context in contexts]
+    rest = sum(len(answer) for group in answers for answer in group)
+    whole = sum(count * len(group) for count, group in zip(counts, answers, strict=True)) + rest
+    return 2 * (sum(counts) + rest) <= whole
 
 
 def _padded(sequences: Sequence[Sequence[int]], width: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ import torch
 from engine.errors import BadDataError
 from engine.evaluate.choice import best, choice_prompt, continuations, encode_pair, score_choices
 from engine.evaluate.data import Sample
-from engine.evaluate.likelihood import continuation_logprobs, next_token_logprobs
+from engine.evaluate.likelihood import continuation_logprobs, shared_logprobs
 from engine.evaluate.live import LiveModel
 from engine.weights import Checkpoint
 
@@ -33,26 +33,25 @@ def test_padded_batches_equal_single_sequences(live):
         assert logprobs == pytest.approx(alone(live.model, *pair), abs=1e-4)
 
 
-def test_next_tokens_equal_single_sequences(live):
-    contexts, tokens = [[5, 6, 7], [40] * 30, [9]], [[1, 2, 3, 4], [300, 1, 7, 8], [5, 6, 7, 8]]
-    for context, candidates, found in zip(
-        contexts, tokens, next_token_logprobs(live.model, contexts, tokens), strict=True
-    ):
-        assert found == pytest.approx([alone(live.model, context, [t])[0] for t in candidates], abs=1e-4)
+CONTEXTS = [[5, 6, 7] * 9, [40] * 30, [9] * 21]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [[[1], [2], [3]], [[300], [1], [7]], [[5], [6]]],
+        [[[1, 2], [2], [3, 4, 5]], [[300], [1, 9], [7]], [[5, 5, 5, 5], [6]]],  # the contexts are read once
+        [[[1] * 40, [2] * 30], [[300] * 50, [1]], [[5], [6] * 9]],  # longer than the contexts: written out
+    ],
+)
+def test_continuations_of_a_shared_context_equal_single_sequences(live, answers):
+    found = shared_logprobs(live.model, CONTEXTS, answers)
+    for context, group, logprobs in zip(CONTEXTS, answers, found, strict=True):
+        for answer, one in zip(group, logprobs, strict=True):
+            assert one == pytest.approx(alone(live.model, context, answer), abs=1e-4)
 
 
 SAMPLE = Sample("a", prompt="Which drug?", options=("aspirin", "insulin a", "x", "y"), answer=1)
-
-
-def test_prompts_are_the_harness_ones():
-    assert (
-        choice_prompt(SAMPLE, "letters")
-        == "Question: Which drug?\nA. aspirin\nB. insulin a\nC. x\nD. y\nAnswer:"
-    )
-    assert continuations(SAMPLE, "letters") == [" A", " B", " C", " D"]
-    yes_no = Sample("b", prompt="Is it?", options=("yes", "no", "maybe"), answer=0, context="A trial.")
-    assert choice_prompt(yes_no, "options") == "Abstract: A trial.\nQuestion: Is it?\nAnswer:"
-    assert continuations(yes_no, "options") == [" yes", " no", " maybe"]
 
 
 @pytest.mark.parametrize("scoring", ["letters", "options"])
