@@ -75,7 +75,7 @@ class Client:
             )
         self._secure = parts.scheme == "https"
         self._stopped = threading.Event()
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
 
     def get(self, path: str) -> dict[str, Any]:
@@ -93,11 +93,9 @@ class Client:
         """End all requests and waits at once; later ones fail."""
         self._stopped.set()
         with self._lock:
-            for connection in self._open:
-                sock = connection.sock
-                if sock is not None:
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)
+            for sock in self._open:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def _asked(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
         reason = ""
@@ -124,11 +122,15 @@ class Client:
         deadline = time.monotonic() + self.timeout
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=min(CONNECT_SECONDS, self.timeout))
-        with self._lock:
-            self._open.add(connection)
+        sock: socket.socket | None = None
         try:
             connection.connect()
-            connection.sock.settimeout(self.timeout)
+            sock = connection.sock  # http.client lets go of it where the server closes after its answer
+            sock.settimeout(self.timeout)
+            with self._lock:
+                self._open.add(sock)
+            if self._stopped.is_set():
+                raise _Failed("stopped")
             headers = {"Accept": "application/json", "User-Agent": "medmerge"}
             if body is not None:
                 headers["Content-Type"] = "application/json"
@@ -136,30 +138,28 @@ class Client:
                 headers["Authorization"] = f"Bearer {self.key}"
             connection.request(method, self._path + path, body, headers)
             response = connection.getresponse()
-            data = self._body(connection, response, deadline)
+            data = self._body(sock, response, deadline)
         except TimeoutError as error:
             raise _Failed(f"no answer in {self.timeout:g} s") from error
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise _Failed(f"{type(error).__name__}: {self._own(str(error))}") from error
         finally:
-            with self._lock:
-                self._open.discard(connection)
+            if sock is not None:
+                with self._lock:
+                    self._open.discard(sock)
             connection.close()
         return self._read(response, data)
 
-    def _body(
-        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse, deadline: float
-    ) -> bytes:
+    def _body(self, sock: socket.socket, response: http.client.HTTPResponse, deadline: float) -> bytes:
         """The body, as long as it comes in time and is not too large."""
-        sock, size = connection.sock, 0
         parts: list[bytes] = []
+        size = 0
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
-            if sock is not None:  # http.client lets go of it where the server closes after the answer
-                with contextlib.suppress(OSError):
-                    sock.settimeout(left)
+            with contextlib.suppress(OSError):  # closed already where the server closes and all was read
+                sock.settimeout(left)
             part = response.read1(65536)
             if not part:
                 return b"".join(parts)

@@ -35,11 +35,12 @@ ROOM = 32768  # tokens of prompts and answers kept at a time: 3.5 GB for an 8B m
 class GgufBackend:
     """One GGUF file in memory (mapped), on the GPU where llama.cpp was built for one and `device` is not `cpu`.
 
+    threads: 0 takes as many as torch has here (all cores, or a Ray worker's share of them).
     Raises BadModelError when llama.cpp cannot load the file, or it holds no tokenizer.
     """
 
     def __init__(self, file: GgufFile, device: str = "auto", threads: int = 0) -> None:
-        self.file, self.threads = file, threads
+        self.file, self.threads = file, threads or torch.get_num_threads()
         layers = -1 if device != "cpu" and supports_gpu() else 0
         try:
             self.model = Model(file.path, gpu_layers=layers)

@@ -6,7 +6,6 @@ answers fast. Logits are made only where asked for.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,14 +37,14 @@ class Piece:
 class Sequences:
     """The memory of up to `count` sequences of together `size` tokens. Not for concurrent use; close it."""
 
-    def __init__(self, model: Model, count: int, size: int, threads: int = 0) -> None:
+    def __init__(self, model: Model, count: int, size: int, threads: int) -> None:
         settings = llama_cpp.llama_context_default_params()
         settings.n_seq_max = count
         settings.n_ctx = size
         settings.kv_unified = True  # sequences share what they have in common, and room goes to who needs it
         settings.n_batch = settings.n_ubatch = BATCH
         settings.n_outputs_max_per_seq = 0  # as many as a batch has tokens
-        settings.n_threads = settings.n_threads_batch = threads or os.cpu_count() or 1
+        settings.n_threads = settings.n_threads_batch = threads
         settings.no_perf = True
         self.model, self.count, self.size = model, count, size
         LOG.last.clear()

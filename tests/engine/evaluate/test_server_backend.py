@@ -269,6 +269,9 @@ def says(value: Any, status: int = 200, **headers: str) -> Reply:
     return lambda handler: handler.answer(value, status, **headers)
 
 
+fine = says(completion(), Connection="close")
+
+
 def half(handler: Handler) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
@@ -282,6 +285,7 @@ def drips(handler: Handler) -> None:
     """Never stops and never ends: a timeout per read would wait for ever."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000000")
+    handler.send_header("Connection", "close")
     handler.end_headers()
     for _ in range(100):
         handler.wfile.write(b" ")
@@ -334,19 +338,20 @@ def ask(
         ([says(b"oops", 500), says(b"", 503)], {}),
         ([says(b"<html>not JSON"), says([1, 2])], {}),
         ([half], {}),
+        ([half, fine, half], {}),
         ([drips], {"timeout": 0.5}),
         ([says(b"[" * 100_000)], {}),
         ([says(b" " * (http_client.MOST_BYTES + 2))], {}),
     ],
-    ids=["429", "5xx", "garbage", "half", "drips", "deep", "huge"],
+    ids=["429", "5xx", "garbage", "half", "closing", "drips", "deep", "huge"],
 )
 def test_what_is_tried_again(bad, data, script, settings):
     bad.script = list(script)
     started = time.monotonic()
     rows = ask(bad, data, concurrency=1, **settings)
     assert [row["raw"] for row in rows] == ["Rest."] * 3
-    assert len(bad.asked) == 3 + len(script) and time.monotonic() - started < 4
-    assert bad.asked[0][2] == bad.asked[len(script)][2]  # the very same request again
+    assert len(bad.asked) == 3 + sum(reply is not fine for reply in script) and time.monotonic() - started < 4
+    assert bad.asked[0][2] == bad.asked[1][2]  # the very same request again
     first = rows[0]
     assert (first["finish"], first["prompt_tokens"], first["new_tokens"]) == ("stop", 7, 2)
     assert first["served"] == "real-name" and first["id"] == "q0"
