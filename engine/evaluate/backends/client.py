@@ -115,7 +115,7 @@ class Client:
         tries = f"{self.retries + 1} tries" if self.retries else "one try"
         raise ServerError(
             f"{self.url} gave no usable answer in {tries}: {reason}",
-            "rows that came are kept; when the server is up again, run the same command with --resume",
+            "is it up, and is that its address? Rows that came are kept",
         )
 
     def _once(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def test_a_server_that_dies_and_comes_back(llama, data, tmp_path):
     assert result["exit_code"] == 3
     assert list(result["failed"]) == ["llama · qa · warm · seed 42", "llama · safety · warm · seed 42"]
     for reason in result["failed"].values():
-        assert "gave no usable answer in 2 tries: ConnectionRefusedError" in reason and "--resume" in reason
+        assert "gave no usable answer in 2 tries: ConnectionRefusedError" in reason and "are kept" in reason
     assert any("failed" in event.data.get("message", "") for event in events.kept if event.type == "warning")
     kept = (broken / "cells").glob("*.jsonl")
     assert sum(len(file.read_text().splitlines()) - 1 for file in kept) == 2
