@@ -154,6 +154,7 @@ class LocalBackend:
         self._forecaster = Forecaster()
         self._previewer = Asker("preview", 120.0, "a smaller data file shows what it waits for")
         self._runs: RunReader | None = None
+        self._tables: dict[str, tuple[list[tuple[int, int]], tuple[MetricRow, ...]]] = {}
 
     def overview(self, base: str) -> Overview:
         from engine.workspace import Workspace
@@ -238,9 +239,14 @@ class LocalBackend:
         return self.read_sweep(actions.write_evaluation(self.root, name, config))
 
     def table(self, run: str) -> tuple[MetricRow, ...]:
+        """Kept until a cell or a correction changes: computing one anew takes seconds."""
         from engine.evaluate.summary import load_table
 
-        return tuple(load_table(Path(run)))
+        stamps = [_stamp(Path(run) / name) for name in ("cells.json", "table.json", "corrections.jsonl")]
+        kept = self._tables.get(run)
+        if kept is None or kept[0] != stamps:
+            kept = self._tables[run] = (stamps, tuple(load_table(Path(run))))
+        return kept[1]
 
     def samples(self, run: str, row: MetricRow) -> SampleSet:
         from tui.reading_samples import samples_of
@@ -299,3 +305,12 @@ class LocalBackend:
         from engine.workspace import state_dir
 
         return ChatModel(path, adapters, state_dir() / f"chat-{path.stem}.log")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Changes when the file does; (0, 0) without one."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size

@@ -6,7 +6,7 @@ Used by the evaluate screen; imports the plot (numpy) only when curves are made.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from textual.color import Color
@@ -96,11 +96,14 @@ def _scores(
         series += _line(rows, "accuracy", choice, "accuracy", "primary", setting, "chance")
     if not series:
         return None
-    names = [part for part in (overlap, choice) if part]
     highest = max(y for one in series for _, y in one.points)
     highest = max([highest, *(high for one in series for _, _, high in one.band)])
     top = next(step for step in (5, 10, 20, 30, 40, 50, 60, 80, 100, 1e9) if highest <= step)
-    return Curves(plain(" and ".join(names)), tuple(series), (0.0, float(top)))
+    under = [one for one in series if one.dotted]
+    names = ", ".join(one.name for one in under)
+    above = [one for one in series if not one.dotted]
+    under = [replace(one, name=names, named=number == 0) for number, one in enumerate(under)]
+    return Curves("Scores", (*above, *under), (0.0, float(top)))
 
 
 def _perplexity(

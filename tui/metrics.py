@@ -214,17 +214,17 @@ def marks(rows: Sequence[MetricRow]) -> Content:
     if any(row.low is not None for row in rows):
         found.append("[95% interval]")
     if any(row.floor is not None and not row.metric.startswith("accuracy") for row in rows):
-        found.append("(floor) answers against shuffled references")
+        found.append("(floor) against shuffled references")
     if any(row.at_floor or row.at_chance for row in rows):
-        found.append("! at or under its floor, or not told from chance")
+        found.append("! at floor or chance")
     alike = sorted({row.versus for row in rows if row.indistinguishable})
     if alike:
-        found.append(f"≈ not told apart from {', '.join(alike)}")
+        found.append(f"≈ not told from {', '.join(alike)}")
     if any(row.warning for row in rows):
         found.append(f"{WARNED} see its warning")
     if len({row.template for row in rows if row.template}) > 1:
-        found.append("other templates are other prompts: compare within one")
-    return Content.styled(plain("  ·  ".join(found)), "$faint")
+        found.append("compare within one template")
+    return Content.styled(plain("   ".join(found)), "$faint")
 
 
 def cell_words(row: MetricRow) -> Content:

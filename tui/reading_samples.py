@@ -17,7 +17,7 @@ from tui.snapshots import SampleRow, SampleSet
 if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
 
-FACTS = ("finish", "new_tokens", "category", "tokens", "seed", "template")
+FACTS = ("finish", "new_tokens", "category", "tokens", "seed")
 PROBES = {"harmful_refusal_rate": "harmful", "over_refusal_rate": "safe", "advice_refusal_rate": "advice"}
 FAMILY = {"bleu": "Bleu", "chrf": "Chrf", "rouge1": "Rouge", "rouge2": "Rouge", "rougeL": "Rouge"}
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from textual.widgets import DataTable
 
 from tests.tui.fake_backend import FULL, TABLE, FakeBackend, job, metric, show, text_of, until
-from tui import actions, metrics
+from tui import curves, metrics
 from tui.app import MedmergeApp
-from tui.screens.dialogs import TextScreen
 from tui.snapshots import JobFeed
 from tui.widgets.plot import PlotPanel
 
@@ -24,11 +22,15 @@ async def test_the_sweep_is_the_first_thing_seen(app: MedmergeApp) -> None:
     async with app.run_test(size=(120, 36)) as pilot:
         await show(pilot, "evaluate")
         await until(pilot, lambda: app.screen.query_one("#plots").display)
-        overlap = app.screen.query_one("#overlap", PlotPanel).shown
+        scores = app.screen.query_one("#scores", PlotPanel).shown
         text = app.screen.query_one("#perplexity", PlotPanel).shown
-        assert overlap and text
-        assert overlap[0].points == ((0.0, 25.1), (0.3, 14.4), (0.5, 10.3), (1.0, 1.0))
-        assert overlap[1].points == ((0.0, 8.2), (0.3, 4.7), (0.5, 4.0), (1.0, 1.1))
+        assert scores and text
+        bleu, accuracy, floor, chance = scores
+        assert bleu.points == ((0.0, 25.1), (0.3, 14.4), (0.5, 10.3), (1.0, 1.0))
+        assert bleu.band[0] == (0.0, 24.1, 26.1) and not bleu.dotted
+        assert floor.points == ((0.0, 8.2), (0.3, 4.7), (0.5, 4.0), (1.0, 1.1)) and floor.dotted
+        assert [y for _, y in accuracy.points] == [26.0, 26.3, 26.5, 27.0]
+        assert {y for _, y in chance.points} == {25.0} and chance.dotted
         assert [y for _, y in text[0].points] == [11.5, 8.6, 7.1, 6.0]
 
 
@@ -63,23 +65,6 @@ async def test_the_table_fills_while_the_job_runs(app: MedmergeApp, backend: Fak
         assert table(app)[0][1].startswith("24.0")
 
 
-async def test_samples_behind_a_number(app: MedmergeApp) -> None:
-    async with app.run_test(size=(120, 36)) as pilot:
-        await show(pilot, "evaluate")
-        await until(pilot, lambda: len(table(app)) == 4)
-        await pilot.press("enter")
-        await until(pilot, lambda: isinstance(app.screen, TextScreen))
-        assert "What is metformin?" in text_of(app, "#text") and "A drug." in text_of(app, "#text")
-
-
-async def test_a_sweep_is_chosen_and_started(app: MedmergeApp, backend: FakeBackend) -> None:
-    async with app.run_test(size=(120, 36)) as pilot:
-        await show(pilot, "evaluate")
-        await pilot.press("e", "enter")
-        await until(pilot, lambda: backend.started)
-        assert backend.started[0].title == "sweep demo-sweep"
-
-
 async def test_a_run_that_cannot_be_read_says_why(app: MedmergeApp, backend: FakeBackend) -> None:
     backend.fail["table"] = "cells.json: its format is 'x'"
     async with app.run_test(size=(120, 36)) as pilot:
@@ -98,24 +83,5 @@ def test_few_samples_are_shown_as_counts_and_tests_as_signs() -> None:
 
 
 def test_one_mixture_makes_no_curve() -> None:
-    assert metrics.curves_of(TABLE[:4]) == {}
-    assert set(metrics.curves_of(TABLE)) == {"overlap", "perplexity"}
-
-
-def test_sweep_file_is_read_back_by_the_engine(tmp_path: Path) -> None:
-    from engine.evaluate.config import load_config
-    from tui.snapshots import DataFile
-
-    data = tmp_path / "data"
-    data.mkdir()
-    for name in ("base", "pt", "sft"):
-        (tmp_path / name).mkdir()
-    files = []
-    for name in ("medquad_short", "safety", "medical_text", "notes"):
-        (data / f"{name}.jsonl").write_text("{}\n")
-        files.append(DataFile(str(data / f"{name}.jsonl"), f"{name}.jsonl", 3))
-    adapters = {"pt": str(tmp_path / "pt"), "sft": str(tmp_path / "sft")}
-    path = actions.write_sweep(tmp_path, str(tmp_path / "base"), adapters, tuple(files))
-    config = load_config(path, tmp_path)
-    assert [task.name for task in config.tasks] == ["medquad_short", "safety", "medical_text"]
-    assert config.weights[0] == {"pt": 0.0, "sft": 1.0} and config.weights[-1] == {"pt": 1.0, "sft": 0.0}
+    assert curves.curves_of(TABLE[:4]) == {}
+    assert set(curves.curves_of(TABLE)) == {"scores", "perplexity", "refusals"}

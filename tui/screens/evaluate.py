@@ -95,7 +95,7 @@ class EvaluateScreen(MedScreen):
         yield Field(placeholder="part of a model, a task or a metric", id="find")
         with Horizontal(id="plots"):
             for name in PLOTS:
-                yield PlotPanel(name, "PT weight", id=name)
+                yield PlotPanel(name, "PT", id=name)
         yield Static(id="heat")
         yield Static(id="empty")
         yield MetricTable(

@@ -31,7 +31,7 @@ from tui.widgets.choice import Choice, Several
 from tui.widgets.field import Field
 from tui.widgets.files import Files
 
-LABEL = 14
+LABEL = 16
 TEMPLATES = ("model", "chatml", "qwen3_nothink", "qwen3", "llama3")
 HERE = "these settings"
 OWN = ("temperature", "top_p", "top_k")  # fields of a decoding of one's own
@@ -52,6 +52,17 @@ ABOUT = {
     "limit": "So many rows of every task, spread over its file; 0: all.",
     "name": "The run's folder below runs/.",
 }
+
+
+class Tasks(Files):
+    """The data sets chosen, by name."""
+
+    DEFAULT_CSS = "Tasks { height: 1; }"
+
+    @property
+    def words(self) -> str:
+        names = [words.partition("  ")[0] for value, words in self.options if value in self.chosen]
+        return ", ".join(names) or "none"
 
 
 class EvaluateFormScreen(MedScreen):
@@ -84,7 +95,7 @@ class EvaluateFormScreen(MedScreen):
                 yield Several("alone", (), id="models", label_width=LABEL)
                 yield Choice("mixtures", LINES, "5", id="line", label_width=LABEL)
                 yield Files("GGUF files", (), id="ggufs", label_width=LABEL)
-                yield Files("tasks", (), id="tasks", label_width=LABEL)
+                yield Tasks("tasks", (), id="tasks", label_width=LABEL)
                 yield Static(classes="gap")
                 names = tuple((name, name) for name in TEMPLATES)
                 yield Several("templates", names, "model", id="templates", label_width=LABEL)
@@ -124,7 +135,9 @@ class EvaluateFormScreen(MedScreen):
         self._offer_models()
         files = [(row.path, row.name) for row in overview.ggufs if row.kind == "model"]
         ggufs = self.query_one("#ggufs", Files)
-        ggufs.set_options([(path, cut(name, 60)) for path, name in files], value=ggufs.value)
+        chosen = ggufs.chosen
+        ggufs.set_options([(path, cut(name, 60)) for path, name in files])
+        ggufs.set_chosen(chosen)
         ggufs.display = bool(files)
         if overview is not self._read_for:
             self._read_for, data = overview, overview.data
@@ -141,7 +154,9 @@ class EvaluateFormScreen(MedScreen):
         labels = self.labels
         models = self.query_one("#models", Several)
         options = [("base", "the base"), *((label, f"{label.upper()} alone") for label in labels)]
-        models.set_options(options, value=models.value)
+        chosen = [name for name in models.chosen if name in dict(options)]
+        models.set_options(options)
+        models.value = " ".join(chosen)
         models.set_class(not labels, "gone")
         models.display = bool(labels)
         self.query_one("#line", Choice).display = len(labels) == 2
@@ -262,6 +277,8 @@ class EvaluateFormScreen(MedScreen):
                 (f" cell{'s' * (cells != 1)}   ", "$faint"), (f"{samples:,}", "bold"), (" samples", "$faint"),
             )
         ]  # fmt: skip
+        where = actions.evaluation_file(Path(), self._text("name"))
+        lines.append(Content.styled(plain(f"medmerge sweep {where}"), "$faint"))
         lines += [Content.styled(plain(f"! {words}"), "$warning") for words in self._warnings(wish)[:2]]
         return Content("\n").join(lines)
 

@@ -113,8 +113,11 @@ class SamplesScreen(MedScreen):
             self._second = value
             self._by_key = {row.key: row for row in value.rows}
             self._fill()
+            self._score_second()
         elif question == "scores":
             self._take_scores(*value)
+        elif question == "second scores":
+            self._take_second(*value)
         elif question == "correct":
             self._read()
             self._read_second()
@@ -146,6 +149,18 @@ class SamplesScreen(MedScreen):
         self._first = replace(found, rows=tuple(rows), score=found.score or found.scored_by)
         self._fill()
         self._score(start + len(scores))
+
+    def _score_second(self) -> None:
+        found, backend = self._second, self.med.backend
+        if found is not None and found.scored_by:
+            self.ask("second scores", lambda: (found, backend.scores(found.rows, found.scored_by)))
+
+    def _take_second(self, of: SampleSet, scores: Sequence[float]) -> None:
+        if self._second is of:
+            rows = tuple(replace(row, score=value) for row, value in zip(of.rows, scores, strict=True))
+            self._second = replace(of, rows=rows, score=of.score or of.scored_by)
+            self._by_key = {row.key: row for row in rows}
+            self._show()
 
     # ---- showing -------------------------------------------------------------------------------------------
 
@@ -231,7 +246,9 @@ class SamplesScreen(MedScreen):
             return f"right option {score(abs(value))} nats {'ahead' if value >= 0 else 'behind'}"
         if name == "kept":
             return f"{value:.0%} of its instructions kept"
-        return f"{name} {score(value)} alone"
+        from engine.evaluate.summary import METRICS
+
+        return f"{METRICS[name].label if name in METRICS else name} {score(value)} alone"
 
     def _head(self) -> Content:
         row, found = self.row, self._first

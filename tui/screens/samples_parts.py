@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 
 from textual.content import Content
 
@@ -120,16 +121,17 @@ def text_of(row: SampleRow) -> str:
 
 
 def question(row: SampleRow, width: int, unfolded: bool) -> Content:
-    """The prompt as sent, folded to its last lines (where the question stands) or whole; then the reference."""
-    lines = Content(plain(row.prompt, lines=True)).wrap(max(10, width))
-    whole = [one for one in lines if one.plain.strip()] if not unfolded else lines
-    parts = []
-    if unfolded or len(whole) <= FOLDED + 1:
+    """The prompt as sent, folded to the first lines of what was asked last, or whole; then the reference."""
+    text = plain(row.prompt, lines=True)
+    whole = Content(text).wrap(max(10, width))
+    asked = Content(plain(asked_last(row.prompt), lines=True)).wrap(max(10, width))
+    if unfolded or (len(whole) <= FOLDED + 1):
         parts = [Content.styled("prompt as sent", HEAD), *whole]
     else:
-        asked = _asked(whole)
-        head = f"▸ prompt as sent, {len(lines)} lines"
-        parts = [Content.assemble((head, HEAD), ("   p unfolds", "$faint")), *asked]
+        head = f"▸ prompt as sent, {len(whole)} lines"
+        parts = [Content.assemble((head, HEAD), ("   p unfolds", "$faint")), *asked[:FOLDED]]
+        if len(asked) > FOLDED:
+            parts[-1] = (parts[-1] + Content(" …")).truncate(max(10, width), ellipsis=True)
     if row.reference:
         parts += [
             Content(""), Content.styled("reference", HEAD), Content(plain(row.reference, lines=True)),
@@ -137,11 +139,19 @@ def question(row: SampleRow, width: int, unfolded: bool) -> Content:
     return Content("\n").join(parts)
 
 
-def _asked(lines: Sequence[Content]) -> list[Content]:
-    """The lines of a folded prompt that say most: those before its last turn mark, else the last ones."""
-    telling = [one for one in lines if any(ch.isalpha() for ch in one.plain) and "<|" not in one.plain]
-    chosen = telling or list(lines)
-    return chosen[-FOLDED:]
+_MARK = re.compile(r"<\|[^|<>]*\|>|</?s>|\[/?INST\]")
+_ROLE = re.compile(r"^\s*(?:system|user|assistant)\s*$")
+
+
+def asked_last(prompt: str) -> str:
+    """What the prompt asks in its last turn, without the template's marks."""
+    turns = [turn for turn in _MARK.split(prompt) if turn.strip()]
+    told = []
+    for turn in turns:
+        lines = [line for line in turn.strip().splitlines() if line.strip() and not _ROLE.match(line)]
+        if lines and not all(line.strip() in ("<think>", "</think>") for line in lines):
+            told.append("\n".join(lines))
+    return told[-1] if told else prompt
 
 
 def answers(
