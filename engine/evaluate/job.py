@@ -14,6 +14,7 @@ from typing import Any
 
 from engine import template_check
 from engine.evaluate import local
+from engine.evaluate.backends.client import key_of
 from engine.evaluate.bench import Bench, stamps_of
 from engine.evaluate.cells import Cell, Identity, plan_cells
 from engine.evaluate.choice import shuffled
@@ -21,7 +22,7 @@ from engine.evaluate.config import EvalConfig, Server, Task, parse_config
 from engine.evaluate.data import Sample, read_task
 from engine.evaluate.recorder import Recorder
 from engine.evaluate.store import RunStore
-from engine.gguf.trained import trained_in
+from engine.gguf.trained import choose_for, trained_in
 from engine.jobs.events import EventWriter
 from engine.template_check import of_adapter
 from engine.weights import Adapter, Checkpoint
@@ -43,6 +44,8 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     config = parse_config(params["config"], "config", mode=mode)
     store = RunStore(Path(params["out"]))
     samples = {task.name: samples_of(task) for task in config.tasks}
+    for server in config.servers:
+        key_of(server.key_env)  # a key that is missing is told before anything is measured
     stamps = stamps_of(config)
     base = Checkpoint.open(config.base) if config.base else None
     adapters = {label: Adapter.open(path) for label, path in config.adapters.items()}
@@ -126,14 +129,20 @@ def warn_about_templates(
         task.kind in ("generation", "probes", "instructions") or task.scoring == "generated"
         for task in config.tasks
     )
-    if config.base is None or not asked:
+    if not asked:
         return []
-    trained = [of_adapter(label, adapter) for label, adapter in adapters.items()] + trained_in(config.base)
+    models: list[tuple[Path, list[template_check.Trained]]] = []
+    if config.base is not None:
+        trained = [of_adapter(label, adapter) for label, adapter in adapters.items()]
+        models.append((config.base, trained + trained_in(config.base)))
+    models += [(file.path, trained_in(file.path)) for file in config.gguf]
     said = [
         words
+        for model, trained in models
         for template in config.templates
-        for words in template_check.warnings(trained, template_check.choose(template, config.base), ADVICE)
+        for words in template_check.warnings(trained, choose_for(template, model), ADVICE)
     ]
+    said = list(dict.fromkeys(said))
     if len(config.templates) > 1:
         said.append("numbers from different templates are different prompts: compare within one template")
     for words in said:
