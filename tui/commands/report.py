@@ -190,8 +190,10 @@ def lines_of(rows: Sequence[MetricRow]) -> dict[Line, list[MetricRow]]:
 def _task_table(task: str, rows: Sequence[MetricRow]) -> str:
     there = dict.fromkeys(row.metric for row in rows)
     metrics = [name for name in SHOWN if name in there] + [name for name in there if name not in SHOWN]
-    if all(name in ("think_rate", "untagged_rate") for name in metrics):
-        metrics = [name for name in metrics if any(row.value for row in rows if row.metric == name)]
+    quiet = {"untagged_rate", "unparsed_rate"}  # columns that only say something when something happened
+    if all(name in ("think_rate", *quiet) for name in metrics):
+        quiet.add("think_rate")
+    metrics = [name for name in metrics if name not in quiet or any(r.value for r in rows if r.metric == name)]
     if not metrics:
         return ""
     lines = lines_of(rows)
