@@ -242,7 +242,9 @@ class _Dispatch:
             if self.deaths[cell.hash] < DEATHS:
                 self.open.insert(0, cell)
             else:
-                self.recorder.fail(cell, f"{DEATHS} workers died while they measured it; the last: {why}")
+                self.recorder.fail(
+                    cell, f"{DEATHS} workers died while they measured it (out of memory?): {why}"
+                )
         if self.in_vain > DEATHS * self.crew.workers:
             raise ChildFailedError(
                 f"{self.in_vain} workers of the Ray cluster died and measured nothing; the last: {why}",
@@ -260,4 +262,7 @@ def _line(error: BaseException) -> str:
     if getattr(error, "actor_init_failed", False):
         lines = lines[-1:]
     text = " ".join(line.strip() for line in lines if line.strip() and not line.startswith(("\t", " ")))
+    text = text.partition(" Some common causes")[0].removeprefix(
+        "The actor died unexpectedly before finishing this task. "
+    )
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
