@@ -359,7 +359,7 @@ FIRST = SampleSet(
     ),
     scored_by="bleu",
 )
-OTHER = SampleSet("PT", (sample(1, "Take it without meals."), sample(2, "The same words.")))
+OTHER = SampleSet("PT", (sample(1, "Take it without meals."), sample(2, "The same words.")), scored_by="bleu")
 PROBES = SampleSet(
     "SFT",
     (

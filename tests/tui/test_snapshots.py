@@ -13,9 +13,12 @@ import pytest
 from textual.pilot import Pilot
 
 from tests.tui.fake_backend import BAD_MERGE, CHOSEN, FakeBackend, show, text_of, until
+from tests.tui.test_evaluate_screen import FIRST, OTHER
 from tests.tui.test_report import WHOLE
 from tui.app import MedmergeApp
+from tui.screens.evaluate_form import EvaluateFormScreen
 from tui.screens.report import ReportScreen
+from tui.screens.samples import SamplesScreen
 from tui.snapshots import Points, TrainRun
 
 SIZES = [(80, 24), (120, 36)]
@@ -107,3 +110,47 @@ def test_report(snap_compare: Any, size: tuple[int, int], monkeypatch: pytest.Mo
     backend.reports = {BAD_MERGE.path: WHOLE}
     app = MedmergeApp(backend, CHOSEN)
     assert snap_compare(app, terminal_size=size, run_before=settle)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["80x24", "120x36"])
+def test_evaluate(snap_compare: Any, size: tuple[int, int]) -> None:
+    async def settle(pilot: Pilot[None]) -> None:
+        await show(pilot, "evaluate")
+        await until(pilot, lambda: "BLEU" in text_of(app, "#words") and "floor" in text_of(app, "#marks"))
+        await pilot.press("down")
+        await until(pilot, lambda: "PT30" in text_of(app, "#words"))
+        await pilot.pause(0.2)
+
+    app = MedmergeApp(FakeBackend(), CHOSEN)
+    assert snap_compare(app, terminal_size=size, run_before=settle)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["80x24", "120x36"])
+def test_evaluate_samples(snap_compare: Any, size: tuple[int, int]) -> None:
+    async def settle(pilot: Pilot[None]) -> None:
+        await show(pilot, "evaluate")
+        await until(pilot, lambda: "BLEU" in text_of(app, "#words"))
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, SamplesScreen) and app.screen.is_mounted)
+        await until(pilot, lambda: "alone" in text_of(app, "#first"))
+        await pilot.press("d", "down", "down", "enter")
+        await until(pilot, lambda: "alone" in text_of(app, "#second"))
+        await pilot.pause(0.2)
+
+    backend = FakeBackend()
+    backend.sets = {"SFT": FIRST, "PT": OTHER}
+    app = MedmergeApp(backend, CHOSEN)
+    assert snap_compare(app, terminal_size=size, run_before=settle)
+
+
+def test_evaluate_form(snap_compare: Any) -> None:
+    async def settle(pilot: Pilot[None]) -> None:
+        await show(pilot, "evaluate")
+        await pilot.press("n")
+        await until(pilot, lambda: isinstance(app.screen, EvaluateFormScreen) and app.screen.is_mounted)
+        await until(pilot, lambda: "1,580 samples" in text_of(app, "#sum"))
+        await pilot.press("down", "down")
+        await pilot.pause(0.2)
+
+    app = MedmergeApp(FakeBackend(), CHOSEN)
+    assert snap_compare(app, terminal_size=(80, 24), run_before=settle)

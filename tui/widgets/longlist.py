@@ -71,8 +71,9 @@ class LongList(ScrollView, Generic[Row], can_focus=True):
     def choose(self, index: int) -> None:
         index = min(max(0, index), max(0, len(self.rows) - 1))
         if index != self.index:
-            self.index = index
-            self.refresh()
+            before, self.index = self.index, index
+            self.refresh_line(before)
+            self.refresh_line(index)
             self._follow()
             self.post_message(self.Moved(index))
 

@@ -241,7 +241,7 @@ class PlotPanel(Vertical):
         return color.hex6
 
 
-def dotted_line(points: Sequence[tuple[float, float]], dots: int = 40) -> list[tuple[float, float]]:
+def dotted_line(points: Sequence[tuple[float, float]], dots: int = 20) -> list[tuple[float, float]]:
     """Dots at equal steps of x along the straight lines between finite points."""
     found = [point for point in points if math.isfinite(point[1])]
     for (x0, y0), (x1, y1) in pairwise(list(found)):
