@@ -1,22 +1,25 @@
-"""Batched generation with a transformers model: left padding, finished rows leave the batch. Needs torch.
+"""Batched generation with a transformers model: left padding, finished rows make room for others. Needs torch.
 
 Why not `model.generate`: every sample draws from its own random stream (seed and sample id), so its text does
-not depend on what else is in the run; finished rows stop costing time; and the model's generation_config
+not depend on what else is in the run; finished rows make room for the next; and the model's generation_config
 (Qwen3 ships top_k 20) is never mixed in silently. Greedy output equals `model.generate` (a test).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from engine.errors import BadDataError
 from engine.evaluate.config import Decoding
 
+_REFILL = 0.25  # share of the slots that must be free before new prompts are read
 _TAIL = 24  # tokens decoded to look for stop strings that are not one token
 
 
@@ -65,8 +68,13 @@ def generate(
     decoding: Decoding,
     seed: int,
     stops: Stops,
+    slots: int = 0,
 ) -> list[Generated]:
-    """Answers of one batch of prompts (token ids). `keys` are the sample ids that name the random streams.
+    """Answers to prompts (token ids). `keys` are the sample ids that name the random streams.
+
+    slots: how many are written at the same time (0: all). As answers end, the next prompts in order take their
+    places, so that a short answer does not wait for a long one. What is beside what depends on these prompts
+    alone. Prompts of similar length, longest first, waste least.
 
     Raises BadDataError when a prompt fills the model's context.
     """
@@ -76,25 +84,16 @@ def generate(
             raise BadDataError(
                 f"sample {key}: its prompt has {len(prompt)} tokens, the model's context {window}"
             )
-    width = max(len(prompt) for prompt in prompts)
-    device = model.device
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    slots = slots or len(prompts)
     streams = [stream(seed, key) for key in keys]
     new: list[list[int]] = [[] for _ in prompts]
     finish = ["length"] * len(prompts)
-    alive = list(range(len(prompts)))
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache: Any = None
-    while alive:
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        cache = output.past_key_values
-        tokens = pick(output.logits[:, -1].float(), decoding, [streams[i] for i in alive])
+
+    def settle(rows: _Rows, logits: torch.Tensor) -> _Rows:
+        """Draw a token for every row; the rows that go on."""
+        tokens = pick(logits, decoding, [streams[i] for i in rows.index])
         keep = []
-        for row, (index, token) in enumerate(zip(alive, tokens, strict=True)):
+        for row, (index, token) in enumerate(zip(rows.index, tokens, strict=True)):
             if token in stops.ids:
                 finish[index] = "stop"
                 continue
@@ -103,18 +102,99 @@ def generate(
                 finish[index] = "stop"
             elif len(new[index]) < min(decoding.max_new_tokens, window - len(prompts[index])):
                 keep.append(row)
-        if len(keep) < len(alive) and keep:
-            chosen = torch.tensor(keep, device=device)
-            cache.batch_select_indices(chosen)
-            mask, positions = mask[chosen], positions[chosen]
-        alive = [alive[row] for row in keep]
-        ids = torch.tensor([[tokens[row]] for row in keep], device=device)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        return rows.select(keep)
+
+    waiting = deque(range(len(prompts)))
+    rows: _Rows | None = None
+    while waiting or rows:
+        free = slots - (len(rows.index) if rows else 0)
+        if waiting and (not rows or (rows.can_join and free >= slots * _REFILL)):
+            index = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            fresh, logits = _Rows.read(model, index, [prompts[i] for i in index])
+            fresh = settle(fresh, logits)
+            rows = fresh if not rows else rows.join(fresh) if fresh else rows
+        elif rows:
+            rows = settle(rows, rows.step(model, [new[i][-1] for i in rows.index]))
     return [
         Generated(answer_text(tokenizer, tokens, stops), finish[n], len(prompts[n]), len(tokens))
         for n, tokens in enumerate(new)
     ]
+
+
+@dataclass
+class _Rows:
+    """Answers being written. cache: their keys and values, left-padded to one width; mask: 0 where padded.
+
+    next: the position of the token that comes next, per row.
+    """
+
+    index: list[int]
+    cache: Any
+    mask: torch.Tensor
+    next: torch.Tensor
+
+    def __bool__(self) -> bool:
+        return bool(self.index)
+
+    @classmethod
+    def read(cls, model: Any, index: list[int], prompts: list[Sequence[int]]) -> tuple[_Rows, torch.Tensor]:
+        """Rows of these prompts, and the logits of what follows each (rows, vocabulary)."""
+        width, device = max(len(prompt) for prompt in prompts), model.device
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        return cls(index, output.past_key_values, mask, mask.sum(1, keepdim=True)), output.logits[
+            :, -1
+        ].float()
+
+    def step(self, model: Any, tokens: list[int]) -> torch.Tensor:
+        """Append a token to every row; the logits of what follows."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        output = model(
+            input_ids=torch.tensor(tokens, device=model.device)[:, None], attention_mask=self.mask,
+            position_ids=self.next, past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        self.cache, self.next = output.past_key_values, self.next + 1
+        return output.logits[:, -1].float()
+
+    def select(self, keep: list[int]) -> _Rows:
+        """Only these rows; columns that are padding in all of them go."""
+        if len(keep) == len(self.index) or not keep:
+            return self if keep else _Rows([], None, self.mask, self.next)
+        chosen = torch.tensor(keep, device=self.mask.device)
+        self.cache.batch_select_indices(chosen)
+        mask = self.mask[chosen]
+        if self.can_join:
+            padding = int(mask.argmax(1).min())
+            mask = mask[:, padding:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
+        return _Rows([self.index[row] for row in keep], self.cache, mask, self.next[chosen])
+
+    @property
+    def can_join(self) -> bool:
+        """Whether every layer keeps plain keys and values (no sliding window, no recurrent state)."""
+        from transformers.cache_utils import DynamicLayer
+
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def join(self, other: _Rows) -> _Rows:
+        """Both, the narrower one padded on the left."""
+        width = max(self.mask.shape[1], other.mask.shape[1])
+
+        def both(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            padded = [functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in (a, b)]
+            return torch.cat(padded)
+
+        for layer, more in zip(self.cache.layers, other.cache.layers, strict=True):
+            layer.keys, layer.values = both(layer.keys, more.keys), both(layer.values, more.values)
+        masks = [functional.pad(rows.mask, (width - rows.mask.shape[1], 0)) for rows in (self, other)]
+        return _Rows(
+            self.index + other.index, self.cache, torch.cat(masks), torch.cat([self.next, other.next])
+        )
 
 
 def stream(seed: int, key: str) -> torch.Generator:

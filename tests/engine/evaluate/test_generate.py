@@ -13,6 +13,7 @@ from engine.evaluate.generate import Stops, find_stops, generate, pick, stream
 from engine.evaluate.likelihood import length_batches
 from engine.evaluate.live import LiveModel
 from engine.weights import Checkpoint
+from tests.conftest import build_model
 
 PROMPTS = [
     "What is asthma?",
@@ -25,6 +26,14 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def live(tiny_qwen3):
     return LiveModel(Checkpoint.open(tiny_qwen3), {}, "float32", "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory):
+    """A model with weights so large that its text does not repeat itself."""
+    folder = tmp_path_factory.mktemp("models") / "lively"
+    build_model("qwen3", folder, seed=5, initializer_range=0.3)
+    return LiveModel(Checkpoint.open(folder), {}, "float32", "float32", "cpu")
 
 
 def encode(live, texts=PROMPTS):
@@ -54,6 +63,64 @@ def test_greedy_is_model_generate_one_by_one(live):
         assert answer.new_tokens == (12 if end is None else end)
         lengths.add(answer.new_tokens)
     assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
+def test_freed_places_are_taken_and_every_answer_is_still_generates_own(slots, lively):
+    """Prompts of many lengths, answers that end at many lengths, fewer places than prompts."""
+    texts = [word * n for n, word in enumerate(["dose ", "fever ", "Aspirin is ", "asthma "] * 3, 1)]
+    prompts = encode(lively, texts)
+    free = [
+        lively.model.generate(torch.tensor([p]), max_new_tokens=16, do_sample=False, eos_token_id=None)[
+            0, len(p) :
+        ].tolist()
+        for p in prompts
+    ]
+    stops = frozenset(tokens[n % 14 + 1] for n, tokens in enumerate(free[::2]))
+    keys = [str(n) for n in range(len(prompts))]
+    decoding = Decoding("g", max_new_tokens=16)
+    found = generate(lively.model, lively.tokenizer, prompts, keys, decoding, 0, Stops(stops, ()), slots)
+    for tokens, answer in zip(free, found, strict=True):
+        end = next((n for n, token in enumerate(tokens) if token in stops), None)
+        assert answer.raw == lively.tokenizer.decode(tokens[:end])
+        assert answer.finish == ("length" if end is None else "stop")
+        assert answer.new_tokens == (16 if end is None else end)
+    assert len({answer.new_tokens for answer in found}) > 3
+
+
+def test_no_more_rows_than_places_are_ever_in_the_model(live, monkeypatch):
+    seen = []
+    forward = type(live.model).forward
+
+    def watching(self, input_ids=None, **given):
+        seen.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **given)
+
+    monkeypatch.setattr(type(live.model), "forward", watching)
+    prompts = encode(live) * 3
+    keys = [str(n) for n in range(12)]
+    generate(
+        live.model,
+        live.tokenizer,
+        prompts,
+        keys,
+        Decoding("g", max_new_tokens=5),
+        0,
+        Stops(frozenset(), ()),
+        4,
+    )
+    assert max(seen) == 4 and seen.count(4) == 3 * 5
+
+
+def test_sampled_answers_do_not_hang_on_the_places(live):
+    prompts, decoding = encode(live) * 2, Decoding("t", temperature=1.0, top_p=0.9, max_new_tokens=10)
+    keys, stops = [str(n) for n in range(8)], Stops(frozenset(range(0, 384, 9)), ())
+    texts = [
+        [a.raw for a in generate(live.model, live.tokenizer, prompts, keys, decoding, 42, stops, slots)]
+        for slots in (0, 3, 5)
+    ]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0][:4] != texts[0][4:]  # same prompts, other streams
 
 
 def test_a_sample_draws_the_same_whatever_is_beside_it(live):
