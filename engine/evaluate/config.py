@@ -1,49 +1,77 @@
 """The config of an evaluation or a sweep: YAML in, a checked `EvalConfig` with absolute paths out.
 
-An evaluation is one mixture, a sweep a list of them; both times templates x decoding settings x tasks.
-Unknown keys are errors that name the nearest known one, since a misspelt `limt:` would silently change a run.
+An evaluation is of one model, a sweep of a list of them (mixtures of a base and adapters, GGUF files, servers); both
+times templates x decoding settings x tasks. docs/schemas/eval.json says the same as JSON Schema.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from engine.errors import BadRecipeError
+from engine.evaluate.mixtures import parse_weights
+from engine.evaluate.tasks.parse import parse_task
 from engine.evaluate.tasks.task import KINDS, SCORINGS, Task
+from engine.evaluate.values import Checker, Limits, kind_of, read_yaml
+
+__all__ = [
+    "KINDS", "SCORINGS", "Decoding", "EvalConfig", "GgufFile", "Server", "Task", "load_config", "parse_config",
+    "read_yaml",
+]  # fmt: skip
 
 DTYPES = ("bfloat16", "float16", "float32")
 COMPUTES = ("auto", "float32", "model")
 DEVICES = ("auto", "cpu", "cuda")
+APIS = ("completions", "chat")
+DECODING_WORDS = ("paper", "greedy")
+LITERAL_KEYS = ("key", "api_key", "apikey", "token", "password", "secret", "authorization", "headers")
+KEY_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SERVER_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#@]*)?")
+KEY_HINT = "put the key into an environment variable and name that: key_env: MY_SERVER_KEY"
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is drawn. temperature 0 is greedy; then top_p, top_k and the seed have no effect.
+    """How text is drawn. The model's own generation_config is never used silently.
 
-    top_k 0 and top_p 1 mean no restriction. The model's own generation_config is never used silently.
+    name: its label in tables; unique in a config.
+    temperature: 0 is greedy; then top_p, top_k and the seed have no effect.
+    top_p: only the likeliest tokens that together have this probability are drawn from; 1 is no restriction.
+    top_k: only so many of the likeliest tokens are drawn from; 0 is no restriction.
+    max_new_tokens: an answer is cut after so many tokens.
     """
 
     name: str
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 256
+    temperature: Annotated[float, Limits(low=0, high=100)] = 0.0
+    top_p: Annotated[float, Limits(low=0, high=1)] = 1.0
+    top_k: Annotated[int, Limits(least=0)] = 0
+    max_new_tokens: Annotated[int, Limits(least=1)] = 256
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
 
+# The grid of arXiv 2601.18350: (temperature, top_p), and greedy.
+PAPER = ((0.2, 0.7), (0.6, 0.8), (0.95, 0.7))
+
+
+def paper_decoding(max_new_tokens: int = 256) -> tuple[Decoding, ...]:
+    """The paper's three ways of drawing, and greedy."""
+    drawn = [Decoding(f"T{t:g} p{p:g}", t, p, 0, max_new_tokens) for t, p in PAPER]
+    return (*drawn, Decoding("greedy", max_new_tokens=max_new_tokens))
+
+
 @dataclass(frozen=True)
 class GgufFile:
     """A GGUF file, run through llama.cpp.
 
-    name: its label in tables.
+    name: its label in tables (default: the file's name without .gguf).
     path: the file.
     """
 
@@ -56,7 +84,7 @@ class Server:
     """An OpenAI-compatible server; only texts are taken from it.
 
     name: its label in tables.
-    url: where it is, for example http://localhost:8000/v1.
+    url: where it is, for example http://localhost:8000/v1; http or https, no user, password or query in it.
     model: which of its models (empty: the first that it lists).
     api: `completions`: our template's text goes to /completions; `chat`: messages go to /chat/completions, and the
         server's own template is used.
@@ -69,20 +97,33 @@ class Server:
     name: str
     url: str
     model: str = ""
-    api: str = "completions"
+    api: Annotated[str, Limits(choices=APIS)] = "completions"
     key_env: str = ""
-    concurrency: int = 8
-    timeout: float = 300.0
-    retries: int = 5
+    concurrency: Annotated[int, Limits(least=1)] = 8
+    timeout: Annotated[float, Limits(low=0.001)] = 300.0
+    retries: Annotated[int, Limits(least=0)] = 5
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """A checked config; every path is absolute.
 
+    base: the model folder that mixtures are made on. May be left out where only gguf files or servers are measured.
+    adapters: label to adapter folder.
+    weights: the mixtures: a list of {label: weight}, of the words `base` or a label (that adapter alone at 1), or
+        {grid: ...} and {line: ...}. A label that is not named has weight 0.
+    tasks: what is measured: tasks written out, task files or presets by name, or {use: FILE_OR_PRESET, ...} with
+        fields changed.
+    templates: chat templates, by name; `model` is the base's own.
+    decoding: how text is drawn: a list of settings; the word `paper` stands for the paper's four, `greedy` for greedy.
+    seeds: of sampled decoding; greedy has none.
     dtype: what a mixture is rounded to (as a merge written in that dtype would be).
     compute: `model` multiplies in dtype; `float32` widens the rounded weights first (same weights, float32
         arithmetic); `auto` takes float32 on a CPU without bf16 instructions, else `model`.
+    device: where it runs; `auto` is cuda where there is one.
+    batch_size: at most so many samples at a time.
+    gguf: GGUF files that are measured as they are: paths, or {name, path}.
+    servers: OpenAI-compatible servers that are measured (tasks that need no likelihood).
     """
 
     base: Path | None
@@ -92,22 +133,24 @@ class EvalConfig:
     templates: tuple[str, ...] = ("model",)
     decoding: tuple[Decoding, ...] = (Decoding("greedy"),)
     seeds: tuple[int, ...] = (42,)
-    dtype: str = "bfloat16"
-    compute: str = "auto"
-    device: str = "auto"
-    batch_size: int = 16
+    dtype: Annotated[str, Limits(choices=DTYPES)] = "bfloat16"
+    compute: Annotated[str, Limits(choices=COMPUTES)] = "auto"
+    device: Annotated[str, Limits(choices=DEVICES)] = "auto"
+    batch_size: Annotated[int, Limits(least=1)] = 16
     gguf: tuple[GgufFile, ...] = ()
     servers: tuple[Server, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values, readable by `parse_config`."""
         raw = asdict(self)
-        raw["base"] = str(self.base)
+        raw["base"] = str(self.base) if self.base else None
         raw["adapters"] = {label: str(path) for label, path in self.adapters.items()}
-        for key in ("weights", "tasks", "templates", "decoding", "seeds"):
+        for key in ("weights", "tasks", "templates", "decoding", "seeds", "gguf", "servers"):
             raw[key] = list(raw[key])
         for task in raw["tasks"]:
             task["data"] = str(task["data"])
+        for file in raw["gguf"]:
+            file["path"] = str(file["path"])
         return raw
 
     def limited(self, limit: int | None) -> EvalConfig:
@@ -131,206 +174,154 @@ def load_config(path: Path, workspace: Path | None = None, mode: str = "sweep") 
     return parse_config(raw, str(path), roots, mode)
 
 
-def read_yaml(path: Path) -> Any:
-    """Plain values of a YAML file. Raises BadRecipeError: not readable, not YAML, a key that stands twice."""
-    import yaml
-
-    class UniqueKeys(yaml.SafeLoader):
-        """YAML keeps the last of two equal keys without a word; here that is an error."""
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        for n, key in enumerate(keys):
-            if key in keys[:n]:
-                line = node.value[n][0].start_mark.line + 1
-                raise BadRecipeError(f"{path}: key {key!r} stands twice (again in line {line})")
-        return loader.construct_mapping(node, deep=True)
-
-    UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRecipeError(f"cannot read the config {path}: {error}") from error
-    try:
-        return yaml.load(text, Loader=UniqueKeys)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise BadRecipeError(f"{path} is not valid YAML: {error}") from error
-
-
 def parse_config(
     raw: Any, where: str = "config", roots: Sequence[Path] = (), mode: str = "sweep"
 ) -> EvalConfig:
     """A checked config from plain values; `where` begins every error, `roots` resolve relative paths.
 
-    With mode "eval" the weights must be one mixture (a mapping, or a list of one).
+    With mode "eval" there must be one model: one mixture, one GGUF file or one server.
     """
-    check = _Checker(where, roots)
-    raw = check.mapping(raw, "", set(EvalConfig.__dataclass_fields__), needed=("base", "tasks"))
-    adapters = check.adapters(raw.get("adapters"))
-    weights = check.weights(raw.get("weights"), adapters)
-    if mode == "eval" and len(weights) != 1:
-        raise BadRecipeError(
-            f"{where}: weights holds {len(weights)} mixtures, and an evaluation is of one",
-            "use medmerge sweep for several",
-        )
-    tasks = tuple(check.task(item, f"tasks[{n}]") for n, item in enumerate(check.list_of(raw, "tasks")))
-    check.unique([task.name for task in tasks], "tasks")
-    decoding = tuple(
-        check.decoding(item, f"decoding[{n}]")
-        for n, item in enumerate(check.list_of(raw, "decoding", [{"name": "greedy"}]))
+    check = Checker(where, roots)
+    raw = check.mapping(raw, "", EvalConfig.__dataclass_fields__, needed=("tasks",))
+    gguf = tuple(_gguf(item, f"gguf[{n}]", check) for n, item in enumerate(_some(raw, "gguf", check)))
+    servers = tuple(
+        _server(item, f"servers[{n}]", check) for n, item in enumerate(_some(raw, "servers", check))
     )
-    check.unique([d.name for d in decoding], "decoding")
+    check.unique([file.name for file in gguf] + [server.name for server in servers], "gguf and servers")
+    base, adapters, weights = _mixtures(raw, bool(gguf or servers), check)
+    models = len(weights) + len(gguf) + len(servers)
+    if mode == "eval" and models != 1:
+        what = (
+            f"weights holds {len(weights)} mixtures"
+            if models == len(weights)
+            else f"it names {models} models"
+        )
+        raise BadRecipeError(
+            f"{where}: {what}, and an evaluation is of one", "use medmerge sweep for several"
+        )
+    tasks = tuple(
+        parse_task(item, check, f"tasks[{n}]") for n, item in enumerate(check.list_of(raw, "tasks"))
+    )
+    check.unique([task.name for task in tasks], "tasks")
+    templates = _templates(check.list_of(raw, "templates", ["model"]), check)
+    if base is None and "model" in templates and any(server.api == "completions" for server in servers):
+        raise check.error(
+            "templates", "is model, the base's own, and there is no base",
+            "name a template for the server's model (qwen3_nothink, llama3, ...), or use api: chat",
+        )  # fmt: skip
+    seeds = [check.whole(seed, "seeds", 0) for seed in check.list_of(raw, "seeds", [42])]
+    check.unique([str(seed) for seed in seeds], "seeds")
+    plain = {
+        name: check.value(EvalConfig, name, raw[name], name)
+        for name in ("dtype", "compute", "device", "batch_size")
+        if name in raw
+    }
     return EvalConfig(
-        base=check.path(raw["base"], "base"),
+        base=base,
         adapters=adapters,
         weights=weights,
         tasks=tasks,
-        templates=check.templates(check.list_of(raw, "templates", ["model"])),
-        decoding=decoding,
-        seeds=tuple(check.whole(s, "seeds", 0) for s in check.list_of(raw, "seeds", [42])),
-        dtype=check.choice(raw.get("dtype", "bfloat16"), "dtype", DTYPES),
-        compute=check.choice(raw.get("compute", "auto"), "compute", COMPUTES),
-        device=check.choice(raw.get("device", "auto"), "device", DEVICES),
-        batch_size=check.whole(raw.get("batch_size", 16), "batch_size", 1),
+        templates=templates,
+        decoding=_decoding_list(raw, check),
+        seeds=tuple(seeds),
+        gguf=gguf,
+        servers=servers,
+        **plain,
     )
 
 
-class _Checker:
-    """Checks single values; every error names the config and the key."""
+def _some(raw: Mapping[str, Any], key: str, check: Checker) -> list[Any]:
+    value = raw.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise check.error(key, f"should be a list, and is {kind_of(value)}")
+    return value
 
-    def __init__(self, where: str, roots: Sequence[Path]) -> None:
-        self.where, self.roots = where, roots
 
-    def error(self, key: str, message: str, hint: str = "") -> BadRecipeError:
-        return BadRecipeError(f"{self.where}: {key} {message}" if key else f"{self.where} {message}", hint)
+def _mixtures(
+    raw: Mapping[str, Any], others: bool, check: Checker
+) -> tuple[Path | None, dict[str, Path], tuple[dict[str, float], ...]]:
+    """Base, adapters and weights; without a base there are neither."""
+    if raw.get("base") is None:
+        if not others:
+            raise check.error("base", "is missing")
+        for name in ("adapters", "weights"):
+            if raw.get(name):
+                raise check.error("base", f"is missing, and {name} need one")
+        return None, {}, ()
+    listed = raw.get("adapters") or {}
+    if not isinstance(listed, Mapping):
+        raise check.error("adapters", "should be a mapping of labels to folders")
+    adapters = {
+        check.text(label, "adapters"): check.path(path, f"adapters.{label}") for label, path in listed.items()
+    }
+    return check.path(raw["base"], "base"), adapters, parse_weights(raw.get("weights"), adapters, check)
 
-    def mapping(self, raw: Any, key: str, known: set[str], needed: Sequence[str] = ()) -> dict[str, Any]:
-        if not isinstance(raw, Mapping):
-            raise self.error(key, f"should be a mapping, and is {_kind(raw)}")
+
+def _templates(names: list[Any], check: Checker) -> tuple[str, ...]:
+    from engine.templates import BUILTIN
+
+    check.unique(names, "templates")
+    return tuple(check.choice(name, "templates", ("model", *BUILTIN)) for name in names)
+
+
+def _decoding_list(raw: Mapping[str, Any], check: Checker) -> tuple[Decoding, ...]:
+    """Settings written out, and the words for known ones: `paper`, `greedy`, {use: paper, max_new_tokens: 64}."""
+    value = raw.get("decoding", [{"name": "greedy"}])
+    found: list[Decoding] = []
+    for n, item in enumerate(
+        [value] if isinstance(value, str) else check.list_of({"decoding": value}, "decoding")
+    ):
+        key = f"decoding[{n}]"
+        if isinstance(item, str) or (isinstance(item, Mapping) and "use" in item):
+            given = check.mapping(
+                {"use": item} if isinstance(item, str) else item, key, ("use", "max_new_tokens")
+            )
+            at = key if isinstance(item, str) else f"{key}.use"
+            word = check.choice(given["use"], at, DECODING_WORDS)
+            most = given.get("max_new_tokens", Decoding.max_new_tokens)
+            most = check.value(Decoding, "max_new_tokens", most, f"{key}.max_new_tokens")
+            found += paper_decoding(most) if word == "paper" else [Decoding("greedy", max_new_tokens=most)]
+        else:
+            given = check.mapping(item, key, Decoding.__dataclass_fields__, ("name",))
+            values = {k: check.value(Decoding, k, v, f"{key}.{k}") for k, v in given.items()}
+            if values.get("top_p") == 0:
+                raise check.error(f"{key}.top_p", "is 0, which leaves no token; greedy is temperature: 0")
+            found.append(Decoding(**values))
+    check.unique([d.name for d in found], "decoding")
+    return tuple(found)
+
+
+def _gguf(raw: Any, key: str, check: Checker) -> GgufFile:
+    given = check.mapping({"path": raw} if isinstance(raw, str) else raw, key, ("name", "path"), ("path",))
+    path = check.path(given["path"], f"{key}.path")
+    if not path.is_file():
+        raise check.error(f"{key}.path", f"is {given['path']}, which is not a file")
+    return GgufFile(check.text(given.get("name") or path.stem, f"{key}.name"), path)
+
+
+def _server(raw: Any, key: str, check: Checker) -> Server:
+    """A server; whatever looks like a key is refused, without repeating it: configs are kept with the run."""
+    if isinstance(raw, Mapping):
         for name in raw:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), sorted(known), 1, 0.5)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-                raise self.error(f"{key}.{name}".lstrip("."), "is not a known key", hint)
-        for name in needed:
-            if raw.get(name) is None:
-                raise self.error(f"{key}.{name}".lstrip("."), "is missing")
-        return dict(raw)
-
-    def list_of(self, raw: Mapping[str, Any], key: str, default: list[Any] | None = None) -> list[Any]:
-        value = raw.get(key, default)
-        if not isinstance(value, list) or not value:
-            raise self.error(key, f"should be a list with something in it, and is {_kind(value)}")
-        return value
-
-    def text(self, value: Any, key: str) -> str:
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(key, f"should be text, and is {_kind(value)}")
-        return value
-
-    def whole(self, value: Any, key: str, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.error(key, f"should be a whole number of at least {least}, and is {value!r}")
-        return value
-
-    def number(self, value: Any, key: str, low: float = -math.inf, high: float = math.inf) -> float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or not low <= value <= high:
-            span = "a number" if low == -math.inf else f"a number from {low:g} to {high:g}"
-            raise self.error(key, f"should be {span}, and is {value!r}")
-        return float(value)
-
-    def choice(self, value: Any, key: str, known: Sequence[str]) -> str:
-        if value not in known:
-            near = difflib.get_close_matches(str(value), known, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else ""
-            raise self.error(key, f"is {value!r}, and should be one of {', '.join(known)}", hint)
-        return str(value)
-
-    def unique(self, names: list[str], key: str) -> None:
-        for n, name in enumerate(names):
-            if name in names[:n]:
-                raise self.error(key, f"has two entries named {name!r}")
-
-    def path(self, value: Any, key: str) -> Path:
-        typed = Path(self.text(value, key)).expanduser()
-        for candidate in [typed] if typed.is_absolute() else [root / typed for root in self.roots] or [typed]:
-            if candidate.exists():
-                return candidate.absolute()
-        looked = "" if typed.is_absolute() else "looked in " + " and ".join(map(str, self.roots))
-        raise self.error(key, f"is {value}, which does not exist", looked)
-
-    def adapters(self, raw: Any) -> dict[str, Path]:
-        if raw is None:
-            return {}
-        if not isinstance(raw, Mapping):
-            raise self.error("adapters", "should be a mapping of labels to folders")
-        return {
-            self.text(label, "adapters"): self.path(path, f"adapters.{label}") for label, path in raw.items()
-        }
-
-    def weights(self, raw: Any, adapters: Mapping[str, Path]) -> tuple[dict[str, float], ...]:
-        if raw is None:
-            if adapters:
-                raise self.error("weights", "is missing", "for example [{pt: 0.3, sft: 0.7}]")
-            return ({},)
-        mixtures = [raw] if isinstance(raw, Mapping) else raw
-        if not isinstance(mixtures, list) or not mixtures:
-            raise self.error("weights", "should be a list of mixtures like {pt: 0.3, sft: 0.7}")
-        found: list[dict[str, float]] = []
-        for n, mixture in enumerate(mixtures):
-            key = f"weights[{n}]"
-            given = self.mapping(mixture, key, set(adapters))
-            whole = {label: self.number(given.get(label, 0), f"{key}.{label}") for label in adapters}
-            if whole in found:
-                raise self.error(key, f"is the same mixture as weights[{found.index(whole)}]")
-            found.append(whole)
-        return tuple(found)
-
-    def templates(self, names: list[Any]) -> tuple[str, ...]:
-        from engine.templates import BUILTIN
-
-        known = ("model", *BUILTIN)
-        self.unique(names, "templates")
-        return tuple(self.choice(name, "templates", known) for name in names)
-
-    def task(self, raw: Any, key: str) -> Task:
-        given = self.mapping(raw, key, set(Task.__dataclass_fields__), ("name", "kind", "data"))
-        kind = self.choice(given["kind"], f"{key}.kind", KINDS)
-        only = {"scoring": "multiple_choice", "references": "generation", "max_tokens": "perplexity"}
-        for name, wanted in only.items():
-            default = Task.__dataclass_fields__[name].default
-            if given.get(name, default) != default and kind != wanted:
-                raise self.error(f"{key}.{name}", f"has no meaning for a {kind} task, only for {wanted}")
-        references = given.get("references", True)
-        if not isinstance(references, bool):
-            raise self.error(f"{key}.references", f"should be true or false, and is {references!r}")
-        limit, system = given.get("limit"), given.get("system", "")
-        return Task(
-            name=self.text(given["name"], f"{key}.name"),
-            kind=kind,
-            data=self.path(given["data"], f"{key}.data"),
-            limit=None if limit is None else self.whole(limit, f"{key}.limit", 1),
-            scoring=self.choice(given.get("scoring", "letters"), f"{key}.scoring", SCORINGS),
-            references=references,
-            max_tokens=self.whole(given.get("max_tokens", 1024), f"{key}.max_tokens", 2),
-            system=system if system == "" else self.text(system, f"{key}.system"),
+            if str(name).lower().replace("-", "_") in LITERAL_KEYS:
+                raise check.error(f"{key}.{name}", "does not belong into a config", KEY_HINT)
+    given = check.mapping(raw, key, Server.__dataclass_fields__, ("name", "url"))
+    values = {k: check.value(Server, k, v, f"{key}.{k}") for k, v in given.items()}
+    if values.get("key_env") and not KEY_NAME.fullmatch(values["key_env"]):
+        raise check.error(
+            f"{key}.key_env", "should be the name of an environment variable (A-Z, 0-9, _)", KEY_HINT
         )
-
-    def decoding(self, raw: Any, key: str) -> Decoding:
-        given = self.mapping(raw, key, set(Decoding.__dataclass_fields__), ("name",))
-        top_p = self.number(given.get("top_p", 1.0), f"{key}.top_p", 0, 1)
-        if top_p == 0:
-            raise self.error(f"{key}.top_p", "is 0, which leaves no token; greedy is temperature: 0")
-        return Decoding(
-            name=self.text(given["name"], f"{key}.name"),
-            temperature=self.number(given.get("temperature", 0), f"{key}.temperature", 0, 100),
-            top_p=top_p,
-            top_k=self.whole(given.get("top_k", 0), f"{key}.top_k", 0),
-            max_new_tokens=self.whole(given.get("max_new_tokens", 256), f"{key}.max_new_tokens", 1),
+    if re.search(r"[@?#]", values["url"]):
+        raise check.error(f"{key}.url", "holds a user, a password, a query or a fragment", KEY_HINT)
+    try:
+        good = bool(SERVER_URL.fullmatch(values["url"])) and (urlsplit(values["url"]).port or 1) > 0
+    except ValueError:  # a port that is none
+        good = False
+    if not good:
+        hint = "for example http://localhost:8000/v1"
+        raise check.error(
+            f"{key}.url", f"should be an http:// or https:// address, and is {values['url']}", hint
         )
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing", bool: "true/false"}
-    return names.get(type(value), f"{value!r}") + (" that is empty" if value in ([], {}, "") else "")
+    return Server(**{**values, "url": values["url"].rstrip("/")})

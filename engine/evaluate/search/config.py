@@ -53,6 +53,12 @@ class SearchConfig:
         return self.evaluation.tasks[0]
 
     @property
+    def base(self) -> Path:
+        if self.evaluation.base is None:  # parse_search wants adapters, and adapters a base
+            raise BadRecipeError("a search needs a base")
+        return self.evaluation.base
+
+    @property
     def asked(self) -> dict[str, float]:
         return self.evaluation.weights[0]
 
@@ -92,6 +98,11 @@ def parse_search(raw: Any, where: str = "config", roots: Sequence[Path] = ()) ->
         raise BadRecipeError(
             f"{where}: tasks[0].kind is {task.kind}, which has no likelihood",
             f"use one of {', '.join(MEASURED)}",
+        )
+    if task.scoring == "generated":
+        raise BadRecipeError(
+            f"{where}: tasks[0].scoring is generated, and the search scores likelihoods",
+            "use letters or options",
         )
     if task.kind == "generation" and not task.references:
         raise BadRecipeError(f"{where}: tasks[0].references is false, and the search scores the references")

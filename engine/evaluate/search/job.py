@@ -15,8 +15,8 @@ from typing import Any
 
 from engine.atomic import write_json, write_text
 from engine.evaluate.cells import Identity
-from engine.evaluate.data import Sample, read_samples
-from engine.evaluate.job import compare_with_base, warn_about_templates
+from engine.evaluate.data import Sample
+from engine.evaluate.job import compare_with_base, samples_of, warn_about_templates
 from engine.evaluate.search import points, report
 from engine.evaluate.search.config import SearchConfig, parse_search
 from engine.evaluate.search.log import FORMAT, RESULT, SAMPLES, SearchLog, append_lines
@@ -40,12 +40,12 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     started = time.monotonic()
     config = parse_search(params["config"], "config")
     evaluation, settings = config.evaluation, config.settings
-    base = Checkpoint.open(evaluation.base)
+    base = Checkpoint.open(config.base)
     adapters = {label: Adapter.open(path) for label, path in evaluation.adapters.items()}
     tensors = {label: list(adapter.match(base)) for label, adapter in adapters.items()}
     space = make_space(tensors, layer_count(base.tensors), settings.groups, settings.kinds)
     task = config.task
-    dev, held_out = report.split(read_samples(task.data, task.kind, task.limit))
+    dev, held_out = report.split(samples_of(task))
     events.log(
         f"{len(space.dimensions)} weights; {len(dev)} samples to choose them on, {len(held_out)} held out"
     )
@@ -209,7 +209,7 @@ def _write_recipes(
     written = {}
     for name, weights in (("uniform", uniform), ("layerwise", layerwise)):
         recipe = {
-            "base": str(config.evaluation.base),
+            "base": str(config.base),
             "method": "linear",
             "adapters": {
                 label: {

@@ -19,6 +19,15 @@ HALVES = ("all", "dev", "test")
 ANSWERS = ("", "index", "index1", "letter", "text")
 EMPTY = ("error", "skip")
 
+# What a row of each kind holds: the fields that `columns` maps.
+FIELDS = {
+    "generation": ("id", "prompt", "reference", "source"),
+    "multiple_choice": ("id", "question", "options", "answer", "context", "source"),
+    "probes": ("id", "category", "prompt", "kind", "source"),
+    "perplexity": ("id", "text", "source"),
+    "instructions": ("id", "prompt", "instructions", "kwargs", "source"),
+}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -44,7 +53,8 @@ class Task:
         column that `columns` names for it, as it is.
     columns: which column of the data holds what: field (id, prompt, reference, question, options, answer, context,
         text, category, kind, instructions, kwargs, source) to column name. Fields that are not named are looked for
-        under their own name. `options` may be a list of columns; `{value: ...}` is the same value for every row.
+        under their own name; a file without ids gets row numbers. `options` may be a list of columns; `{value: ...}`
+        is the same value for every row.
     where: column to value, or list of values: only such rows are kept.
     replace: column to {value: words}: what stands in place of a value when prompts and samples are made.
     answers: multiple_choice only. How the right answer is written: `index` (from 0), `index1` (from 1), `letter` or

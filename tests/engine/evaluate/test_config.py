@@ -132,7 +132,7 @@ def test_an_evaluation_is_of_one_mixture(raw, tmp_path):
         ),
         ("multiple_choice", '{"id": "b", "question": "x", "options": ["y", "z"], "answer": true}', "index"),
         ("probes", '{"id": "b", "category": "x", "prompt": "y", "kind": "bad"}', "harmful, safe, advice"),
-        ("perplexity", b'{"id": "b", "text": "\xff"}', "line 2 is not JSON"),
+        ("perplexity", b'{"id": "b", "text": "\xff"}', "line 2 is not UTF-8"),
     ],
 )
 def test_broken_lines_name_file_and_line(kind, line, message, tmp_path):
