@@ -278,7 +278,7 @@ class LocalBackend:
     ) -> tuple[tuple[TaskOffer, ...], tuple[tuple[str, str], ...]]:
         from tui import evaluating
 
-        return evaluating.offers(files), evaluating.configs(files, self.root / "configs")
+        return evaluating.offers(files, self.root), evaluating.configs(files, self.root / "configs")
 
     def template_warnings(
         self, base: str, adapters: Sequence[Trained], templates: Sequence[str]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ DEMO_LINE = (
 )  # (PT, SFT): with the paper's 0.3 / 0.7
 PAPER = (("T0.2 p0.7", 0.2, 0.7), ("T0.6 p0.8", 0.6, 0.8), ("T0.95 p0.7", 0.95, 0.7))
 DECODINGS = (("greedy", "greedy"), ("paper", "the paper's four"), ("own", "own"))
+DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
 MOST_BYTES = 256_000_000  # a larger file's rows are not counted
 
 
@@ -152,10 +153,8 @@ def limited(offer: TaskOffer, limit: int) -> TaskOffer:
     """The offer with at most `limit` rows (0: as it is)."""
     if not limit:
         return offer
-    own = offer.document.get("limit") or limit
-    return TaskOffer(
-        offer.name, offer.path, offer.kind, offer.rows, {**offer.document, "limit": min(limit, own)}
-    )
+    own = offer.says("limit") or limit
+    return replace(offer, document={**offer.document, "limit": min(limit, own)})
 
 
 def counted(wish: Wish, offers: Iterable[TaskOffer]) -> tuple[int, int, int]:
@@ -165,19 +164,19 @@ def counted(wish: Wish, offers: Iterable[TaskOffer]) -> tuple[int, int, int]:
     for offer in (limited(one, wish.limit) for one in _chosen(wish, offers)):
         here = _settings(wish, offer)
         cells += here
-        samples += here * min(offer.rows, offer.document.get("limit") or offer.rows)
+        samples += here * min(offer.rows, offer.says("limit") or offer.rows)
     return models, models * cells, models * samples
 
 
 def _settings(wish: Wish, offer: TaskOffer) -> int:
     """Cells of one model on one task, as engine.evaluate.cells counts them."""
     read = offer.kind == "perplexity" or (
-        offer.kind == "multiple_choice" and offer.document.get("scoring") != "generated"
+        offer.kind == "multiple_choice" and offer.says("scoring") != "generated"
     )
     if read:
         return 1
     drawn = sum(len(wish.seeds) if one["temperature"] > 0 else 1 for one in decodings_of(wish))
-    references = 1 if offer.kind == "generation" and offer.document.get("references", True) else 0
+    references = 1 if offer.kind == "generation" and offer.says("references") is not False else 0
     return len(wish.templates) * (drawn + references)
 
 
@@ -204,16 +203,23 @@ def _has_tasks(path: Path) -> bool:
     return "tasks" in keys and "search" not in keys and "budget" not in keys
 
 
-def offers(files: Sequence[DataFile]) -> tuple[TaskOffer, ...]:
-    """The data files whose first row is that of a kind of task, and task files; training data is left out."""
+def offers(files: Sequence[DataFile], root: Path) -> tuple[TaskOffer, ...]:
+    """What can be measured: data files whose first row is that of a kind of task, data files named like a preset, task
+    files, and the probe sets that come with the program. Training data is left out."""
     found = []
     for file in files:
         suffix = Path(file.name).suffix.lower()
-        if suffix == ".jsonl" and "train" not in file.name:
-            found.append(_data_offer(Path(file.path), file.nbytes))
-        elif suffix in (".yaml", ".yml"):
-            found.append(_task_offer(Path(file.path)))
-    return tuple(offer for offer in found if offer is not None)
+        if "train" in file.name and suffix in DATA:
+            continue
+        offer = _data_offer(Path(file.path), file.nbytes) if suffix == ".jsonl" else None
+        if offer is None and suffix in DATA:
+            offer = _preset_offer(Path(file.path))
+        if suffix in (".yaml", ".yml"):
+            offer = _task_offer(Path(file.path), root)
+        if offer is not None:
+            found.append(offer)
+    names = [offer.name for offer in found]
+    return (*found, *(offer for offer in _shipped() if offer.name not in names))
 
 
 def _data_offer(path: Path, nbytes: int) -> TaskOffer | None:
@@ -231,6 +237,69 @@ def _data_offer(path: Path, nbytes: int) -> TaskOffer | None:
     return TaskOffer(path.stem, str(path), kind, _rows(path, nbytes), document)
 
 
+def _preset_offer(path: Path) -> TaskOffer | None:
+    """A data file with the name of a preset in its own: that preset on this file."""
+    from engine.evaluate.tasks import PRESETS
+
+    told = _letters(path.stem)
+    names = sorted((name for name in PRESETS if _letters(name) in told), key=len)
+    if not names:
+        return None
+    document = {"use": names[-1], "name": path.stem, "data": str(path)}
+    return _checked(path.stem, path, document, path.parent)
+
+
+def _letters(name: str) -> str:
+    return "".join(char for char in name.lower() if char.isalnum())
+
+
+def _task_offer(path: Path, root: Path) -> TaskOffer | None:
+    """A task file: a mapping with a kind or another task; other YAML files are configs."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    if not isinstance(raw, Mapping) or "tasks" in raw or not ("use" in raw or "kind" in raw):
+        return None
+    if raw.get("kind") in ("pt", "sft"):
+        return None  # a training config
+    name = str(raw.get("name") or path.stem)
+    document = {"use": str(path)} if raw.get("name") else {"use": str(path), "name": name}
+    return _checked(name, path, document, root)
+
+
+def _checked(name: str, path: Path, document: dict[str, Any], root: Path) -> TaskOffer:
+    """The offer of a task that the engine reads; with its error where it cannot."""
+    from engine.errors import MedmergeError
+    from engine.evaluate.tasks import load_task
+
+    changes = {key: value for key, value in document.items() if key != "use"}
+    try:
+        task = load_task(document["use"], [root], **changes)
+    except MedmergeError as error:
+        return TaskOffer(name, str(path), document=document, error=error.message)
+    data = Path(task.data)
+    lines = data.suffix.lower() == ".jsonl" and data.is_file() and not task.where
+    rows = _rows(data, data.stat().st_size) if lines else 0
+    said = {"kind": task.kind, "limit": task.limit, "scoring": task.scoring, "references": task.references}
+    return TaskOffer(name, str(path), task.kind, rows, document, said=said)
+
+
+def _shipped() -> list[TaskOffer]:
+    """The probe sets that come with the program."""
+    from engine.evaluate.probes import PROBE_SETS, probe_path
+
+    found = []
+    for name in PROBE_SETS:
+        path = probe_path(name)
+        document = {"name": name, "kind": "probes", "data": f"probes/{name}"}
+        rows = _rows(path, path.stat().st_size)
+        found.append(TaskOffer(name, f"probes/{name}", "probes", rows, document, shipped=True))
+    return found
+
+
 def kind_of(row: Any) -> str:
     """The kind of task whose rows look like this one; "" for none."""
     if not isinstance(row, dict):
@@ -245,26 +314,3 @@ def _rows(path: Path, nbytes: int) -> int:
         return sum(1 for line in path.read_bytes().splitlines() if line.strip())
     except OSError:
         return 0
-
-
-def _task_offer(path: Path) -> TaskOffer | None:
-    """A task file: a mapping with a kind and data; other YAML files are configs."""
-    import yaml
-
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    if not isinstance(raw, Mapping) or "tasks" in raw or "kind" not in raw or "data" not in raw:
-        return None
-    data = Path(str(raw["data"])).expanduser()
-    places = [data] if data.is_absolute() else [path.parent.parent / data, path.parent / data]
-    there = next((place for place in places if place.is_file()), None)
-    name = str(raw.get("name") or path.stem)
-    document = {**raw, "name": name, "data": str(there or raw["data"])}
-    kind, rows = str(raw["kind"]), _rows(there, there.stat().st_size) if there else 0
-    if kind in ("pt", "sft"):
-        return None  # a training config
-    built_in = str(raw["data"]).startswith("probes/")
-    error = "" if there or built_in else f"its data {raw['data']} is not there"
-    return TaskOffer(name, str(path), kind, rows, document, error)

@@ -329,7 +329,10 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class TaskOffer:
-    """A data set that can be measured: the entry of a config it makes, and how many rows it has."""
+    """A data set that can be measured: the entry of a config it makes, and how many rows it has (0: not counted).
+
+    said: what a task file that the entry uses says. shipped: a probe set that comes with the program.
+    """
 
     name: str
     path: str
@@ -337,6 +340,12 @@ class TaskOffer:
     rows: int = 0
     document: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    said: dict[str, Any] = field(default_factory=dict)
+    shipped: bool = False
+
+    def says(self, key: str) -> Any:
+        """A setting of the entry, else of the file it uses; None when neither says it."""
+        return self.document.get(key, self.said.get(key))
 
 
 Points = tuple[tuple[float, float], ...]  # (step, value); a value that is not finite is a gap

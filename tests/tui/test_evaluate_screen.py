@@ -328,11 +328,17 @@ def test_data_files_are_known_by_their_rows(tmp_path: Path) -> None:
     for name, text in lines.items():
         (tmp_path / name).write_text(text)
     files = [DataFile(str(tmp_path / name), name, len(text)) for name, text in lines.items()]
-    found = {Path(offer.path).name: offer for offer in evaluating.offers(files)}
+    found = {
+        Path(offer.path).name: offer for offer in evaluating.offers(files, tmp_path) if not offer.shipped
+    }
     assert set(found) == {"mine.jsonl", "quiz.jsonl", "note.yaml", "gone.yaml"}
     assert found["mine.jsonl"].rows == 2 and found["quiz.jsonl"].kind == "multiple_choice"
-    assert found["note.yaml"].document["data"] == str(tmp_path / "mine.jsonl")
+    assert (
+        found["note.yaml"].document == {"use": str(tmp_path / "note.yaml")} and found["note.yaml"].rows == 2
+    )
     assert "nothing.jsonl" in found["gone.yaml"].error
+    shipped = {offer.name: offer for offer in evaluating.offers(files, tmp_path) if offer.shipped}
+    assert shipped["xstest"].rows == 450 and shipped["xstest"].document["data"] == "probes/xstest"
     assert [name for _, name in evaluating.configs(files, tmp_path / "none")] == ["sweep.yaml"]
 
 

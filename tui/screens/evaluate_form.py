@@ -41,7 +41,7 @@ ABOUT = {
     "models": "Alone: the base, the PT adapter at weight 1, the SFT adapter at weight 1.",
     "line": "Mixtures from SFT alone to PT alone; a grid varies both weights.",
     "ggufs": "GGUF files, run through llama.cpp on the same items: what quantisation costs.",
-    "tasks": "Data files known by their rows, and task files (YAML). Training data is left out.",
+    "tasks": "Data files known by their rows or name, task files (YAML), probe sets that come along.",
     "templates": "How turns are written. Several make a table of weights by template.",
     "decoding": "Greedy, the paper's grid (0.2/0.7, 0.6/0.8, 0.95/0.7 and greedy), or your own.",
     "temperature": "0 is greedy.",
@@ -186,7 +186,8 @@ class EvaluateFormScreen(MedScreen):
         options = [(offer.path, self._offer_words(offer)) for offer in offers if not offer.error]
         chosen = tasks.chosen
         tasks.set_options(options, value=tasks.value)
-        tasks.set_chosen(chosen if tasks.touched else [path for path, _ in options])
+        own = [offer.path for offer in offers if not offer.shipped]
+        tasks.set_chosen(chosen if tasks.touched else own)
         config = self.query_one("#config", Choice)
         config.set_options([("", HERE), *((path, cut(name, 50)) for path, name in configs)])
         config.display = bool(configs)
@@ -196,7 +197,8 @@ class EvaluateFormScreen(MedScreen):
 
     def _offer_words(self, offer: TaskOffer) -> str:
         words = f"{offer.name}  {KIND_WORDS.get(offer.kind, offer.kind)}"
-        return words + (f", {offer.rows:,} rows" if offer.rows else "")
+        words += f", {offer.rows:,} rows" if offer.rows else ""
+        return words + (", comes with the program" if offer.shipped else "")
 
     # ---- what the form says --------------------------------------------------------------------------------
 
