@@ -50,12 +50,12 @@ _CONCLUSIONS = [
     re.compile(
         r"(?P<no>(?:\bnot|n't|\bnever|\bcannot)\s+)?\b(?:I|we|let'?s|let us|you)(?:'d|'ll|\s+would|\s+will|\s+should|"
         r"\s+must|\s+can)?(?P<no2>\s+not|\s*n't|\s+never)?\s+(?:"
-        r"choose|chose|pick|picked|select|selected|go\s+with|went\s+with|opt\s+for|"
+        r"choose|chose|pick|picked|select|selected|recommend|prefer|go\s+with|went\s+with|opt\s+for|"
         r"answer)\s+(?:for\s+)?",
         re.IGNORECASE,
     ),
     re.compile(
-        r"(?:答案|正确选项|正确的选项|最佳选项|正确选择|最佳选择|正确的是|结论)[^。\n,;A-Za-z不非]{0,16}?"
+        r"(?:答案|正确选项|正确的选项|最佳选项|正确选择|最佳选择|正确的|结论)[^。\n,;A-Za-z不非]{0,16}?"
         r"(?:(?P<no>不会|不应该|不应|不可能|不|并非|非)(?:选择|选|是|为|\s)*|(?:应该|应当|应|就|只能|可能|便)?(?:选择|选|是|为|:|\s)+)"
     ),
     re.compile(r"(?P<no>不能|不应该|不应|不可|不|勿|未|别)?(?:会|要)?(?:选择|选定|选取|挑选|选)(?!项)\s*[:：]?"),
@@ -81,7 +81,7 @@ _OPEN, _CLOSE = r"[\s\"'“‘(\[{<【《:]*", r"[\"'”’)\]}>】》]*"
 _AT = re.compile(_LEAD + _OPEN + r"(?P<letter>[A-Za-z])(?![A-Za-z0-9'’])", re.IGNORECASE)
 _ALONE = re.compile(r"(?<![A-Za-z0-9'’.\-])(?P<letter>[A-Z])(?![A-Za-z0-9'’\-])")
 _BARE = re.compile(
-    r"\W*(?:(?:option|choice|answer|letter|选项|选|答案)\s*[:：]?\s*)?\W*(?P<letter>[A-Za-z])\W*(?:项|选项)?\W*",
+    r"\W*(?:\d+[.)]\s*)?(?:(?:option|choice|answer|letter|选项|选|答案)\s*[:：]?\s*)?\W*(?P<letter>[A-Za-z])\W*(?:项|选项)?\W*",
     re.IGNORECASE,
 )
 _ALSO = re.compile(
@@ -93,7 +93,7 @@ _ALSO = re.compile(
     re.IGNORECASE,
 )  # fmt: skip
 _BEFORE = re.compile(
-    r"[A-Z][)\].\"']*\s*(?:and/or|and|or|nor|&|/|\+|、|和|或者|或|与|及|以及)\s*(?:option\s+|选项)?[(\[\"']*$"
+    r"[A-Z][)\].\"']*\s*,?\s*(?:and/or|and|or|nor|&|/|\+|、|和|或者|或|与|及|以及)\s*(?:option\s+|选项)?[(\[\"']*$"
 )
 _DENIED_BEFORE = re.compile(
     r"\b(?:not|nor|neither|never|than|without|except)\s+(?:option\s+|choice\s+)?[(\[\"']*$", re.IGNORECASE
@@ -109,10 +109,12 @@ _STARTERS = frozenset(
 )  # fmt: skip
 _ENDS = re.compile(
     r"(?:^|\b(?:is|be|it's|choose|pick|select|get|gets|receive|give|given|with|therefore|thus|so|hence|option|choice|letter|"
-    r"probably|likely|definitely|say|prefer|recommend|answered|for|conclusion|选择|选|是|为)|[:：,])\s*[,:：]?\s*"
+    r"probably|likely|definitely|say|prefer|recommend|answered|for|conclusion)|选择|选|是|为|[:：,])\s*[,:：]?\s*"
     r"[\"'“‘(\[]*(?P<letter>[A-Z])" + _CLOSE + r"\s*[.!。]*\s*$",
     re.IGNORECASE,
 )  # fmt: skip
+_WRONG = re.compile(r"\b(?:incorrect|wrong|false)\s*$|(?:错误|不正确)的?$", re.IGNORECASE)
+_TURN = re.compile(r"\b(?:but|so|therefore|thus|hence)\b|,\s*it(?:'s|\s+is)\b|但|因此|所以", re.IGNORECASE)
 _NEGATIVE = re.compile(
     r"\b(?:not|never|avoid|except|without|neither|nor|cannot|incorrect|wrong)\b|n't\b|不|非|除", re.IGNORECASE
 )
@@ -144,6 +146,9 @@ class _Reader:
         self.named = [k for k, option in enumerate(options) if option and option == _plain(text)]
         bare = _BARE.fullmatch(text) if len(text) <= _SHORT else None
         self.bare = bare["letter"] if bare else ""
+        words = re.findall(r"\w+", text) if len(text) <= _SHORT else []
+        if len(set(words)) == 1 and re.fullmatch(r"[A-Za-z]", words[0]):  # "B B B"
+            self.bare = words[0]
         self.is_whole = len(self.named) == 1 or bool(self.bare)
 
     def whole(self) -> int | None:
@@ -156,7 +161,7 @@ class _Reader:
             return concluded[-1].choice
         label = self._label()
         if label:
-            return label.choice
+            return self._ending() if label.choice is None else label.choice
         stated = self._stated(_RIGHT_AFTER)
         if stated:
             first = stated[0].choice
@@ -170,6 +175,9 @@ class _Reader:
         found: dict[int, _Read] = {}
         for pattern in _CONCLUSIONS:
             for match in pattern.finditer(self.text):
+                before = self.text[max(0, match.start() - 20) : match.start()]
+                if _WRONG.search(before):
+                    continue  # of a question for the wrong one this may be the answer, of others not
                 denied = any(match.groupdict().get(name) for name in ("no", "no2", "cannot"))
                 read = self._read_at(match.end(), denied)
                 if read:
@@ -218,6 +226,9 @@ class _Reader:
         first = self._label_of(self.text)
         if first is None:
             return None
+        inline = re.findall(r"(?<![A-Za-z])([A-Z])[).:]\s", self.text.strip().partition("\n")[0])
+        if inline[:2] == ["A", "B"]:
+            return _Read(0, None)
         letters = [read.choice for line in self.text.splitlines() if (read := self._label_of(line))]
         if len(set(letters)) > 1 and letters[0] == 0 and letters[1] == 1:
             return _Read(0, None)
@@ -249,10 +260,10 @@ class _Reader:
                 return None
         elif match["letter"].islower() and not re.search(r"[)\].】\n]", match["mark"]) and rest:
             return None
-        if _ALSO.match(line, match.start("letter") + 1) or re.match(r"[(\[]?[A-Z](?![A-Za-z0-9'’])", rest):
-            also = _ALSO.match(line, match.start("letter") + 1)
-            if not (also and also["clause"]):
-                return _Read(0, None)
+        also = _ALSO.match(line, match.end("letter"))
+        second = re.compile(r"[^\w\n]+(?P<letter>[A-Z])(?![A-Za-z0-9'’])").match(line, match.end("letter"))
+        if (also and not also["clause"]) or (second and _CLAUSE.match(line, second.end())):
+            return _Read(0, None)
         word = re.match(r"[a-z]+", rest)
         if (
             "." in (match["mark"] or "")
@@ -271,9 +282,12 @@ class _Reader:
         sentences = [part for part in _SENTENCE.split(self.text.strip()) if part.strip()]
         last = sentences[-1] if sentences else ""
         match = _ENDS.search(last)
-        if not match or not match["letter"].isupper() or _NEGATIVE.search(last):
+        if not match or not match["letter"].isupper() or _NEGATIVE.search(_TURN.split(last)[-1]):
             return None
-        if _BEFORE.search(last[: match.start("letter")]):
+        if re.search(
+            r"(?<![A-Za-z])[A-Z]\W*(?:(?:and|or|nor|和|或|与|及)\s*)?(?:option\s+)?\W*$",
+            last[: match.start("letter")],
+        ):
             return None
         return self._index(match["letter"])
 

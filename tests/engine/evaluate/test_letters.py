@@ -116,7 +116,25 @@ ENGLISH = [
     ("The answer for a patient with hepatitis B is C.", "C"),
     ("The correct answer among the options is: D", "D"),
     ("The answer is B and A is wrong.", "B"),
+    ("I am not sure, but I would say B.", "B"),
+    ("The answer isn't B, it's C.", "C"),
+    ("I recommend option B for this patient.", "B"),
+    ("B.\n\nA 45-year-old man has a fever.", "B"),
+    ("B B B", "B"),
+    ("1. B", "B"),
+    ('{"answer": "B"}', "B"),
+    ("Both A and B are wrong, so C is correct.", "C"),
+    ("A. aspirin - no\nB. ibuprofen - no\nC. paracetamol - yes\nTherefore C.", "C"),
     # not to be read
+    ("Options: A, B, C, D", None),
+    ("A) aspirin B) ibuprofen C) paracetamol D) a beta blocker", None),
+    ("The incorrect answer is A.", None),
+    ("For adults A, for children C.", None),
+    ("Blood group A is common.", None),
+    ("Please choose A, B, C, or D.", None),
+    ("Answer: A patient with fever", None),
+    ("A, B, and C are all wrong.", None),
+    ("Child-Pugh B", None),
     ("", None),
     ("   ", None),
     ("...", None),
@@ -205,6 +223,12 @@ CHINESE = [
     ("答案不是A，而是B。", "B"),
     ("因此，选E。", "E"),
     ("答案是布洛芬。", "B"),
+    ("我认为是C。", "C"),
+    ("正确的是C", "C"),
+    ("A、B、D均错误，故答案选C。", "C"),
+    ("不应选A，应选C", "C"),
+    ("A和B都正确", None),
+    ("维生素C缺乏", None),
     ("答案是A或B", None),
     ("选AB", None),
     ("A和C", None),
@@ -287,7 +311,8 @@ def test_long_texts_are_read_quickly() -> None:
 PIECES = st.one_of(
     st.text(max_size=20),
     st.sampled_from(
-        ["A", "b", "(C)", "the answer is ", "Answer:", " not ", " or ", "答案是", "选", "\\boxed{", "}", "\n", ". ", "but", "而是"]
+        ["A", "b", "(C)", "the answer is ", "Answer:", " not ", " or ", "答案是", "选", "\\boxed{", "}", "\n", ". ",
+         "but", "而是"]
     ),
 )  # fmt: skip
 
@@ -305,8 +330,8 @@ def test_any_text_gives_an_option_or_none(text: str, options: list[str], languag
 @given(
     st.integers(0, 3),
     st.booleans(),
-    st.sampled_from(["{}", "({})", "**{}**", "{}.", "{})", "[{}]", '"{}"', "Answer: {}", "The answer is ({}).", "\\boxed{{{}}}",
-                     "答案：{}", "选{}", "Option {}", "\n{}\n", "  {}  "]),
+    st.sampled_from(["{}", "({})", "**{}**", "{}.", "{})", "[{}]", '"{}"', "Answer: {}", "The answer is ({}).", 
+                     "\\boxed{{{}}}",                     "答案：{}", "选{}", "Option {}", "\n{}\n", "  {}  "]),
 )  # fmt: skip
 def test_decoration_and_case_do_not_matter(choice: int, lower: bool, decoration: str) -> None:
     mark = "ABCD"[choice]
