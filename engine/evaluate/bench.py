@@ -39,7 +39,7 @@ class Bench:
     def work(self, cell: Cell, samples: Sequence[Sample]) -> Work:
         """The cell ready to run. Raises MedmergeError when its model cannot be opened."""
         if isinstance(cell.model, GgufFile):
-            return self._gguf(cell.model).work(cell, samples)  # type: ignore[no-any-return]
+            return self._gguf(cell.model).work(cell, samples)
         if isinstance(cell.model, Server):
             from engine.evaluate.backends.server import ServerBackend
 

@@ -13,7 +13,7 @@ def messages_of(cell: Cell, sample: Sample) -> list[templates.Message]:
     content = sample.prompt
     if cell.kind == "generated_choice":
         content = choice.generated_prompt(sample, cell.task.language, cell.task.instruction)
-    messages = [{"role": "user", "content": content}]
+    messages: list[templates.Message] = [{"role": "user", "content": content}]
     if cell.task.system:
         messages.insert(0, {"role": "system", "content": cell.task.system})
     return messages

@@ -333,7 +333,10 @@ def _letter_series(spec: Spec, frames: Sequence[pl.DataFrame]) -> list[Series]:
         raw = _rate(
             task, "accuracy", [read("raw")(frame) for frame in frames], right, "read with the think block"
         )
-        found += [replace(raw, metric="accuracy_raw", **limits), _stripping(found[0], raw)]
+        found += [
+            replace(raw, metric="accuracy_raw", floor=limits["floor"], majority=limits["majority"]),
+            _stripping(found[0], raw),
+        ]
     return found
 
 
