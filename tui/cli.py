@@ -20,7 +20,7 @@ from tui.commands.common import Commands, add_common, print_error, print_json
 # In the order of a first visit; the help and the README's table follow it.
 COMMANDS = (
     "demo", "adapters", "interference", "plan", "merge", "verify", "gguf", "chat", "audit", "train", "eval",
-    "sweep", "search", "report", "jobs", "doctor",
+    "sweep", "search", "report", "tasks", "jobs", "doctor",
 )  # fmt: skip
 
 DESCRIPTION = """\

@@ -21,7 +21,6 @@ from typing import Any
 
 from engine.errors import BadDataError
 from engine.evaluate.data import Sample
-from engine.evaluate.likelihood import shared_logprobs
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -112,6 +111,8 @@ def score_choices(model: Any, pairs: Sequence[Sequence[tuple[list[int], list[int
 
     pairs[i][k]: context and continuation tokens of option k. A context is computed once for all its options.
     """
+    from engine.evaluate.likelihood import shared_logprobs  # torch: prompts are made without it
+
     contexts: list[Sequence[int]] = []
     answers: list[list[Sequence[int]]] = []
     for options in pairs:

@@ -48,7 +48,7 @@ class Decoding:
 
     name: str
     temperature: Annotated[float, Limits(low=0, high=100)] = 0.0
-    top_p: Annotated[float, Limits(low=0, high=1)] = 1.0
+    top_p: Annotated[float, Limits(low=0, high=1)] = 1.0  # 0 is refused
     top_k: Annotated[int, Limits(least=0)] = 0
     max_new_tokens: Annotated[int, Limits(least=1)] = 256
 
@@ -298,7 +298,7 @@ def _gguf(raw: Any, key: str, check: Checker) -> GgufFile:
     path = check.path(given["path"], f"{key}.path")
     if not path.is_file():
         raise check.error(f"{key}.path", f"is {given['path']}, which is not a file")
-    return GgufFile(check.text(given.get("name") or path.stem, f"{key}.name"), path)
+    return GgufFile(check.text(given.get("name", path.stem), f"{key}.name"), path)
 
 
 def _server(raw: Any, key: str, check: Checker) -> Server:

@@ -247,10 +247,8 @@ class _Reader:
         return {"prompt": self._prompt(row, place), "instructions": clean}
 
     def _validate(self, rules: tuple[dict[str, Any], ...], place: str) -> None:
-        try:
-            from engine.evaluate.instructions import validate
-        except ModuleNotFoundError:
-            return
+        from engine.evaluate.instructions import validate
+
         try:
             validate(rules)
         except BadDataError as error:

@@ -46,6 +46,11 @@ def load_task(source: str | Path, roots: Sequence[Path] = (), **changes: Any) ->
     return parse_task({"use": str(source), **changes}, Checker(str(source), here), "")
 
 
+def preset_values(name: str) -> Values:
+    """What a preset says, with what it uses; not yet a whole task (`data` may be missing)."""
+    return _values({"use": name}, Checker(name, []), "", ())
+
+
 def parse_task(raw: Any, check: Checker, key: str) -> Task:
     """A checked task from an entry of `tasks:`; `key` names it in errors ("tasks[0]").
 
@@ -77,7 +82,7 @@ def _values(raw: Any, check: Checker, key: str, before: tuple[Path, ...]) -> Val
     """Checked values of a mapping, on top of those of what it uses. Not yet a whole task."""
     given = check.mapping(raw, key, KEYS)
     values: Values = {}
-    if given.get("use") is not None:
+    if "use" in given:
         path = _find(check.text(given["use"], _join(key, "use")), check, _join(key, "use"))
         if path in before or len(before) > MOST_STEPS:
             way = " -> ".join(file.name for file in (*before, path))
@@ -88,7 +93,7 @@ def _values(raw: Any, check: Checker, key: str, before: tuple[Path, ...]) -> Val
     for name, value in given.items():
         if name in Task.__dataclass_fields__ and name not in _APART:
             values[name] = check.value(Task, name, value, _join(key, name))
-    if given.get("data") is not None:
+    if "data" in given:
         values["data"] = _data(given["data"], check, _join(key, "data"))
     if "prompt" in given:
         try:
