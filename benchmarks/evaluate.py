@@ -9,8 +9,10 @@ choice      Ours against lm-evaluation-harness on the shipped MedQA questions: s
             must be the same ones, or the row says how many differ.
 sweep       `medmerge sweep` over five mixtures against five `medmerge eval` of one, as commands. Four model loads are
             taken off the five (a single evaluation has to load; the load is what its log says).
-generation  Ours against `model.generate` at the same batch size in the order of the file, greedy, on the shipped
-            MedQuAD questions under the SFT adapter: prompts and answers of many lengths.
+generation  Ours against `model.generate` at the same batch size in the order of the file, greedy: shipped questions of
+            MedQuAD and abstracts with questions of PubMedQA in turns, under the even mixture, so that prompts and
+            answers have many lengths. Both write the same texts in float32; in bfloat16 most, since what is beside a
+            row moves its last bits there.
 
 Rows of a group follow each other in every round, so that they share what else the machine does; ratios are medians
 of the rounds' ratios. `CPU s` is what the process itself used: read it on a busy machine, with OMP_NUM_THREADS=1.
@@ -155,15 +157,20 @@ def generation_rows(args: argparse.Namespace, workspace: Path, dtype: str) -> li
     from engine.evaluate.generate import find_stops, generate
     from engine.evaluate.likelihood import length_batches
 
-    live = load(workspace, dtype, {"pt": 0, "sft": 1})
-    samples = read_samples(workspace / "data" / "medquad_short.jsonl", "generation", args.items)
+    live = load(workspace, dtype, {"pt": 0.5, "sft": 0.5})
+    short = read_samples(workspace / "data" / "medquad_short.jsonl", "generation", args.items // 2)
+    long = read_samples(workspace / "data" / "pubmedqa.jsonl", "multiple_choice", args.items // 2)
+    asked = [
+        text for a, b in zip(short, long, strict=True) for text in (a.prompt, f"{b.context}\n\n{b.prompt}")
+    ]
     template = templates.load("model", live.base.folder)
     prompts = [
-        live.tokenizer(
-            template.prompt([{"role": "user", "content": sample.prompt}]), add_special_tokens=False
-        )["input_ids"]
-        for sample in samples
+        live.tokenizer(template.prompt([{"role": "user", "content": text}]), add_special_tokens=False)[
+            "input_ids"
+        ]
+        for text in asked
     ]
+    keys = [str(n) for n in range(len(prompts))]
     stops = find_stops(live.tokenizer, live.model, template.stop)
     decoding = Decoding("greedy", max_new_tokens=args.new_tokens)
 
@@ -191,7 +198,7 @@ def generation_rows(args: argparse.Namespace, workspace: Path, dtype: str) -> li
         answers = [""] * len(prompts)
         for unit in length_batches([len(p) for p in prompts], args.unit * args.batch, 2**31):
             made = generate(
-                live.model, live.tokenizer, [prompts[i] for i in unit], [samples[i].id for i in unit], decoding,
+                live.model, live.tokenizer, [prompts[i] for i in unit], [keys[i] for i in unit], decoding,
                 0, stops, args.batch,
             )  # fmt: skip
             for index, answer in zip(unit, made, strict=True):
@@ -267,7 +274,7 @@ def command(
         "adapters": {label: str(workspace / "adapters" / f"demo-{label}") for label in ("pt", "sft")},
         "weights": mixtures,
         "decoding": [{"name": "greedy", "temperature": 0, "max_new_tokens": args.new_tokens}],
-        "compute": args.dtypes[0],
+        "compute": "float32" if args.dtypes[0] == "float32" else "model",
         "tasks": [
             {"name": "answers", "kind": "generation", "data": data["medquad_short"]},
             {"name": "medqa", "kind": "multiple_choice", "data": data["medqa"]},
@@ -276,8 +283,10 @@ def command(
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    line = [str(Path(sys.executable).with_name("medmerge")), verb, str(path), "--workspace", str(workspace)]
-    done = subprocess.run([*line, "--out", str(folder / name)], cwd=ROOT, capture_output=True, text=True)
+    line = [str(Path(sys.executable).with_name("medmerge")), verb, str(path), "--out", name]
+    done = subprocess.run(
+        [*line, "--workspace", str(folder / "workspace")], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"medmerge {verb} failed:\n{done.stderr[-3000:]}")
     return done.stdout + done.stderr
