@@ -111,9 +111,9 @@ def _perplexity(
 ) -> Curves | None:
     metric = "perplexity" if _task(rows, "perplexity", tasks) else "reference_perplexity"
     task = _task(rows, metric, tasks)
-    series = _line(rows, metric, task, "lower is better", "pt", (template, decoding), "") if task else []
-    name = "perplexity" if metric == "perplexity" else "reference perplexity"
-    return Curves(f"{name} on {plain(task)}", tuple(series)) if series else None
+    series = _line(rows, metric, task, task, "pt", (template, decoding), "") if task else []
+    name = "Perplexity" if metric == "perplexity" else "Perplexity of references"
+    return Curves(name, tuple(series)) if series else None
 
 
 def _refusals(rows: Sequence[MetricRow], template: str, decoding: str) -> Curves | None:
@@ -132,7 +132,7 @@ def _refusals(rows: Sequence[MetricRow], template: str, decoding: str) -> Curves
         for task, style in zip(tasks, ("error", "warning", "primary", "pt", "success"), strict=False):
             name = task.rpartition("/")[2]
             series += _line(rows, "refusal_rate", task, name, style, (template, decoding), "")
-    return Curves("refusals in percent", tuple(series), (0.0, 100.0)) if series else None
+    return Curves("Refusals, %", tuple(series), (0.0, 100.0)) if series else None
 
 
 # ---- both weights vary --------------------------------------------------------------------------------------

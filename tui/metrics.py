@@ -169,9 +169,11 @@ def groups_of(rows: Sequence[MetricRow]) -> list[Group]:
         pair = (row.template, row.decoding)
         if row.decoding and pair not in settings.setdefault(row.model, []):
             settings[row.model].append(pair)
+    kinds = {row.model: row.kind != "mixture" for row in rows}  # files and servers come after the mixtures
     groups = []
     for model in sorted(
-        weights, key=lambda name: (weights[name].get("pt", 0.0), weights[name].get("sft", 0.0))
+        weights,
+        key=lambda name: (kinds[name], weights[name].get("pt", 0.0), weights[name].get("sft", 0.0)),
     ):
         for template, decoding in settings.get(model) or [("", "")]:
             group = Group(model, template, decoding)

@@ -82,6 +82,12 @@ def test_a_missing_value_comes_last_in_both_directions() -> None:
         assert [group.model for group in metrics.ordered(groups, order, columns)] == wanted
 
 
+def test_files_come_after_mixtures() -> None:
+    file = replace(metric(0.0, "bleu", 5.0), model="sft-q4_k_m", weights={}, kind="gguf")
+    rows = [file, metric(1.0, "bleu", 1.0), metric(0.0, "bleu", 6.0)]
+    assert [group.model for group in metrics.groups_of(rows)] == ["SFT", "PT", "sft-q4_k_m"]
+
+
 async def test_the_filter_narrows_lines_or_columns(app: MedmergeApp) -> None:
     async with app.run_test(size=(160, 40)) as pilot:
         await opened(pilot, app)
@@ -217,7 +223,7 @@ async def test_the_form_counts_and_starts(app: MedmergeApp, backend: FakeBackend
         shown.query_one("#limit", Input).value = "10"
         await pilot.press("s")
         await until(pilot, lambda: backend.started)
-        config = backend.written["sweep"]
+        config = backend.written["my-sweep"]
         assert [one["name"] for one in config["decoding"]] == [
             "T0.2 p0.7",
             "T0.6 p0.8",

@@ -62,18 +62,17 @@ class EvaluateScreen(MedScreen):
     CSS_PATH = "evaluate.tcss"
     QUESTION = "Evaluate: which mixture, and how sure are we?"
     BINDINGS = [
-        Binding("n", "new", "new"),
-        Binding("v", "view", "refusals …", tooltip="metrics, refusals, thinking, everything"),
+        Binding("n", "new", "new", tooltip="set up and start an evaluation"),
+        Binding("v", "view", "view", tooltip="metrics, refusals, thinking, everything"),
         Binding("s", "sort", "sort", tooltip="by the column under the cursor"),
         Binding("p", "plots", "plots", tooltip="both, table only, plots only"),
-        Binding("e", "export", "export"),
+        Binding("e", "export", "export", tooltip="the table in view"),
         Binding(
             "slash", "find", "find", key_display="/", show=False, tooltip="part of a model, task or metric"
         ),
         Binding("o", "run", "other run", show=False),
         Binding("r", "resume", "go on with a run that stopped", show=False),
         Binding("x", "cancel", "cancel", show=False),
-        Binding("escape", "back", "back", show=False),
     ]
 
     def __init__(self) -> None:
@@ -204,6 +203,8 @@ class EvaluateScreen(MedScreen):
             words = Content.styled(f"✗ {plain(error)}", "$error") if error else self._nothing()
             empty.update(words)
         self._fill(table)
+        if table.display and self.focused is None:
+            table.focus()  # it was hidden while it was empty
         self._head()
         self._draw_plots()
         self._words()

@@ -73,7 +73,6 @@ class EvaluateFormScreen(MedScreen):
     BINDINGS = [
         Binding("s", "start", "start"),
         Binding("c", "app.copy_command", "as command"),
-        Binding("escape", "back", "back"),
         Binding("up", "app.focus_previous", "previous setting", show=False),
         Binding("down", "app.focus_next", "next setting", show=False),
     ]
@@ -107,7 +106,7 @@ class EvaluateFormScreen(MedScreen):
                 yield from self._line("seeds", "seeds", "42")
                 yield Static(classes="gap")
                 yield from self._line("limit", "limit per task", "0")
-            yield from self._line("name", "name", "sweep")
+            yield from self._line("name", "name", "my-sweep")
         yield Static(id="about")
         yield Static(id="sum")
 
@@ -216,7 +215,7 @@ class EvaluateFormScreen(MedScreen):
         reads = {"temperature": float, "top_p": float, "top_k": int, "max_tokens": int, "limit": int}
         for key, read in reads.items():
             try:
-                numbers[key] = read(self._text(key))
+                numbers[key] = read(self._text(key) or ("0" if key == "limit" else ""))
             except ValueError:
                 what = "a whole number" if read is int else "a number"
                 return f"{key.replace('_', ' ')} should be {what}, and is {self._text(key)!r}"
@@ -312,7 +311,7 @@ class EvaluateFormScreen(MedScreen):
         if event.choice.id == "base":
             self._offer_models()
         if event.choice.id == "config" and not self._named:
-            stem = Path(event.value).stem if event.value else "sweep"
+            stem = Path(event.value).stem if event.value else "my-sweep"
             self.query_one("#name", Input).value = stem
         self._show()
 

@@ -39,17 +39,16 @@ class SamplesScreen(MedScreen):
     CSS_PATH = "samples.tcss"
     QUESTION = "Samples: what did it really say?"
     BINDINGS = [
-        Binding("d", "second", "second model"),
-        Binding("f", "only", "only …"),
+        Binding("d", "second", "second model", tooltip="beside it, differing words marked"),
+        Binding("f", "only", "only …", tooltip="wrong, where two differ, one label"),
         Binding("slash", "find", "find", key_display="/"),
-        Binding("t", "thought", "thought"),
-        Binding("p", "prompt", "prompt"),
+        Binding("t", "thought", "thought", tooltip="unfold think blocks"),
+        Binding("p", "prompt", "prompt", tooltip="unfold it as sent"),
         Binding("l", "label", "correct label"),
         Binding("j,down", "move(1)", "next", show=False),
         Binding("k,up", "move(-1)", "previous", show=False),
         Binding("w", "swap", "swap the two models", show=False),
-        Binding("e", "export", "export", show=False),
-        Binding("escape", "back", "back", show=False),
+        Binding("e", "export", "export the samples in the list", show=False),
     ]
 
     def __init__(self, run: str, row: MetricRow, others: Sequence[MetricRow] = ()) -> None:
