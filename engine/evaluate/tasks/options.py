@@ -84,25 +84,20 @@ def find_way(answers: Sequence[Any], options: Sequence[Options]) -> str:
     if not all(isinstance(answer, str) for answer in answers):
         raise ValueError("is a number in some rows and text in others")
     texts = [answer.strip() for answer in answers]
-    as_text = [
-        sum(option.strip() == text for option in own.texts) == 1
-        for text, own in zip(texts, options, strict=True)
-    ]
-    other = ""
     if all(len(text) == 1 and text.upper() in LETTERS for text in texts):
         other = "letter"
     elif all(text.isascii() and text.isdigit() for text in texts):
         other = "index"
-    if not other:
+    else:
         return "text"
-    same = [
-        _place(text, own, other) == _place(text, own, "text")
-        for text, own, fits in zip(texts, options, as_text, strict=True)
-        if fits
-    ]
-    if all(as_text) and not all(same):
-        raise ValueError(f"could be read as {other} and as text")
-    return other
+    pairs = list(zip(texts, options, strict=True))
+    by_text = [_place(text, own, "text") for text, own in pairs]
+    by_other = [_place(text, own, other) for text, own in pairs]
+    if None in by_text or by_text == by_other:
+        return other
+    if None in by_other:
+        return "text"
+    raise ValueError(f"could be read as {other} and as text")
 
 
 def read_answer(value: Any, options: Options, way: str) -> int:
