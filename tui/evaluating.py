@@ -71,10 +71,10 @@ class Wish:
 
 
 def weights_of(wish: Wish) -> list[dict[str, float]]:
-    """The mixtures, each once, from SFT to PT; [] when there are none. Without adapters the base alone is one."""
+    """The mixtures, each once, from SFT to PT; [] when there are none. Without adapters it is the base as it is."""
     labels = list(wish.adapters)
     if not labels:
-        return [{}] if wish.base and ("base" in wish.models or not wish.ggufs) else []
+        return [{}] if wish.base else []
     pairs: list[tuple[float, float]] = []
     if wish.line.startswith("g"):
         steps = int(wish.line[1:])

@@ -298,6 +298,27 @@ def test_mixtures_are_listed_once(changes: dict[str, object], mixtures: list[tup
     assert sorted((one["pt"], one["sft"]) for one in found) == sorted(mixtures)
 
 
+def test_a_config_of_files_and_a_merge_is_read_by_the_engine(tmp_path: Path) -> None:
+    from engine.evaluate.config import parse_config
+
+    (tmp_path / "merge").mkdir()
+    (tmp_path / "q8.gguf").write_bytes(b"x")
+    data = tmp_path / "MTS-Dialog-test.csv"
+    data.write_text("ID,dialogue,section_header,section_text\n1,a,b,c\n")
+    offers = evaluating.offers([DataFile(str(data), data.name, 50)], tmp_path)
+    assert (
+        offers[0].document["use"] == "mts_dialog" and offers[0].kind == "generation" and not offers[0].error
+    )
+    files = Wish("", ggufs=(str(tmp_path / "q8.gguf"),), tasks=(offers[0].path, "probes/xstest"))
+    config = parse_config(evaluating.config_of(files, offers))
+    assert config.base is None and [one.name for one in config.gguf] == ["q8"]
+    assert [task.name for task in config.tasks] == ["MTS-Dialog-test", "xstest"]
+    both = replace(files, base=str(tmp_path / "merge"), limit=5)
+    config = parse_config(evaluating.config_of(both, offers))
+    assert config.weights == ({},) and {task.limit for task in config.tasks} == {5}
+    assert evaluating.counted(both, offers)[0] == 2
+
+
 def test_cells_are_counted_as_the_engine_plans_them(tmp_path: Path) -> None:
     """The form's count against the cells the engine makes of the same config."""
     from engine.evaluate.cells import Identity, plan_cells
