@@ -154,7 +154,7 @@ def generation_rows(args: argparse.Namespace, workspace: Path, dtype: str) -> li
     from engine import templates
     from engine.evaluate.config import Decoding
     from engine.evaluate.data import read_samples
-    from engine.evaluate.generate import find_stops, generate
+    from engine.evaluate.generate import TOGETHER, find_stops, generate
     from engine.evaluate.likelihood import length_batches
 
     live = load(workspace, dtype, {"pt": 0.5, "sft": 0.5})
@@ -196,7 +196,7 @@ def generation_rows(args: argparse.Namespace, workspace: Path, dtype: str) -> li
 
     def ours() -> list[str]:
         answers = [""] * len(prompts)
-        for unit in length_batches([len(p) for p in prompts], args.unit * args.batch, 2**31):
+        for unit in length_batches([len(p) for p in prompts], TOGETHER * args.batch, 2**31):
             made = generate(
                 live.model, live.tokenizer, [prompts[i] for i in unit], [keys[i] for i in unit], decoding,
                 0, stops, args.batch,
@@ -333,9 +333,6 @@ def main() -> None:
         "--sweep-items", type=int, default=12, help="rows of each task in the sweep (default 12)"
     )
     parser.add_argument("--batch", type=int, default=8, help="batch size (default 8)")
-    parser.add_argument(
-        "--unit", type=int, default=8, help="batches generated as one, places refilled (default 8)"
-    )
     parser.add_argument("--new-tokens", type=int, default=128, help="most tokens of an answer (default 128)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="what is multiplied in")
     parser.add_argument("--quick", action="store_true", help="few items, one round")
