@@ -136,6 +136,8 @@ def _equal(value: Any, wanted: Any) -> bool:
         return wanted is None and value in (None, "")
     if isinstance(wanted, bool) or isinstance(value, bool):
         return str(value).lower() == str(wanted).lower()
+    if isinstance(value, int | float) and isinstance(wanted, int | float):
+        return value == wanted
     return str(value) == str(wanted)
 
 

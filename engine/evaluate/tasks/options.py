@@ -15,6 +15,7 @@ from typing import Any
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LINE_END = re.compile(r"\r?\n|\\n")  # some exports hold a backslash and an n
+_WHOLE = re.compile(r"-?[0-9]{1,9}")
 _LETTERED = re.compile(r"\s*[(（]?([A-Z])(?:\s*[.．、:：)）]\s*|\s+)(\S.*)", re.DOTALL)
 
 
@@ -81,12 +82,15 @@ def find_way(answers: Sequence[Any], options: Sequence[Options]) -> str:
     """How the answers of a file are written: index, letter or text. Raises ValueError where that is not clear."""
     if all(isinstance(answer, int) for answer in answers):
         return "index"
+    odd = [answer for answer in answers if not isinstance(answer, int | str)]
+    if odd:
+        raise ValueError(f"holds {odd[0]!r:.60}, which is neither a whole number nor text")
     if not all(isinstance(answer, str) for answer in answers):
         raise ValueError("is a number in some rows and text in others")
     texts = [answer.strip() for answer in answers]
     if all(len(text) == 1 and text.upper() in LETTERS for text in texts):
         other = "letter"
-    elif all(text.isascii() and text.isdigit() for text in texts):
+    elif all(_WHOLE.fullmatch(text) for text in texts):
         other = "index"
     else:
         return "text"
@@ -106,10 +110,10 @@ def read_answer(value: Any, options: Options, way: str) -> int:
     last = count - 1
     if way in ("index", "index1"):
         first = 0 if way == "index" else 1
-        number = int(value) if isinstance(value, str) and value.strip().lstrip("-").isdecimal() else value
+        number = int(value) if isinstance(value, str) and _WHOLE.fullmatch(value.strip()) else value
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number - first < count:
             raise ValueError(
-                f"should be the index of an option ({first} to {last + first}), and is {value!r}"
+                f"should be the index of an option ({first} to {last + first}), and is {value!r:.60}"
                 + ("; answers: index1 if they count from 1" if number == count else "")
             )
         return number - first
@@ -137,6 +141,6 @@ def _place(text: str, options: Options, way: str) -> int | None:
             else None
         )
     if way == "index":
-        return int(text) if int(text) < len(options.texts) else None
+        return int(text) if 0 <= int(text) < len(options.texts) else None
     fits = [n for n, option in enumerate(options.texts) if option.strip() == text]
     return fits[0] if len(fits) == 1 else None

@@ -11,6 +11,7 @@ import codecs
 import csv
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -48,9 +49,9 @@ def read_table(path: Path, header: bool = True) -> Table:
             f"known: {', '.join(ENDINGS)}",
         )
     if ending == ".parquet":
-        rows = _cells(_parquet(path))
+        rows = _cells(path, _parquet(path))
     elif ending == ".xlsx":
-        rows = _cells(_xlsx(path))
+        rows = _cells(path, _xlsx(path))
     elif ending in (".csv", ".tsv"):
         rows = list(_delimited(path, _text(path), "," if ending == ".csv" else "\t", header))
     else:
@@ -221,17 +222,22 @@ def _xlsx(path: Path) -> Iterable[Row]:
         raise BadDataError(f"{path} is not an xlsx workbook: {error}") from error
 
 
-def _cells(rows: Iterable[Row]) -> list[tuple[str, Row]]:
+def _cells(path: Path, rows: Iterable[Row]) -> list[tuple[str, Row]]:
     """Rows of typed columns: numbers, dates and truth values become text (3.0 of a worksheet is 3)."""
-    return [
-        (f"row {number}", {name: _cell(value) for name, value in row.items()})
-        for number, row in enumerate(rows, 1)
-    ]
+    found = []
+    for number, row in enumerate(rows, 1):
+        for name, value in row.items():
+            if isinstance(value, bytes):
+                raise BadDataError(f"{path} row {number}: column {name!r} holds bytes", "write it as text")
+        found.append((f"row {number}", {name: _cell(value) for name, value in row.items()}))
+    return found
 
 
 def _cell(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and math.isnan(value):  # what pandas writes for an empty cell
+        return None
     if isinstance(value, list):
         return [_cell(item) for item in value]
     if isinstance(value, dict):  # a struct has all keys in all rows

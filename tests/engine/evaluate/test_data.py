@@ -134,6 +134,23 @@ def test_where_on_text_columns(where, kept, tmp_path):
     assert [s.id for s in read_task(Task("t", "perplexity", path, where=where))] == kept
 
 
+def test_where_compares_numbers_as_numbers(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": "x", "n": 3.0}, {"text": "y", "n": 3.5}])
+    assert [s.id for s in read_task(Task("t", "perplexity", path, where={"n": 3}))] == ["1"]
+
+
+def test_cells_of_parquet_that_are_no_text(tmp_path):
+    """NaN is how pandas writes an empty cell; bytes are refused, not shown as b'...'."""
+    path = tmp_path / "d.parquet"
+    pl.DataFrame({"text": ["x", "y"], "n": [1.0, float("nan")]}).write_parquet(path)
+    assert [s.id for s in read_task(Task("t", "perplexity", path, where={"n": None}))] == ["2"]
+    found = read_task(Task("t", "perplexity", path, columns={"text": "n"}, empty="skip"))
+    assert [s.prompt for s in found] == ["1"]
+    pl.DataFrame({"text": [b"x"]}).write_parquet(path)
+    with pytest.raises(BadDataError, match="row 1: column 'text' holds bytes"):
+        read_task(Task("t", "perplexity", path))
+
+
 # prompts
 
 
@@ -255,6 +272,10 @@ GOOD = {"question": "Which?", "options": ["p", "q"], "answer": 0}
         ({"answers": "index1"}, [{**GOOD, "answer": 0}], r"\(1 to 2\), and is 0"),
         ({"answers": "letter"}, [{**GOOD, "answer": 1}], r"should be a letter, and is 1"),
         ({}, [GOOD, {**GOOD, "answer": "A"}], r"number in some rows and text in others(?s:.)*answers: index"),
+        ({}, [{**GOOD, "answer": 1.0}], r"holds 1.0, which is neither a whole number nor text"),
+        ({}, [{**GOOD, "answer": ["p"]}], r"holds \['p'\], which is neither a whole number nor text"),
+        ({"answers": "index"}, [{**GOOD, "answer": "--1"}], r"line 1: answer should be the index .*is '--1'"),
+        ({"answers": "index"}, [{**GOOD, "answer": "9" * 5000}], r"line 1: answer should be the index"),
         ({}, [{**GOOD, "options": ["B", "A"], "answer": "A"}], r"could be read as letter and as text"),
         ({}, [{**GOOD, "options": ["2", "0", "1"], "answer": "1"}], r"could be read as index and as text"),
         ({"answers": "text"}, [{**GOOD, "options": ["p", "p"], "answer": "p"}], r"is the text of 2 options"),
