@@ -109,6 +109,17 @@ def test_eval_sweep_and_report(sweep_files, capsys):
     assert [row["metric"] for row in table] == [row["metric"] for row in rows]
     assert main(["report", "sweep", "--workspace", str(workspace)]) == 0
     assert "PT30 SFT70" in capsys.readouterr().out
+    there = ["report", "sweep", "--workspace", str(workspace)]
+    assert main([*there, "--words", "--all"]) == 0
+    said = capsys.readouterr().out
+    assert "PT against SFT on text (ppl)" in said and "paired bootstrap" in said
+    assert main([*there, "--pivot", "text:perplexity", "--against", "PT"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ["SFT", "PT30", "PT"]
+    assert main([*there, "--choose", "text:perplexity", "--json"]) in (0, 2)  # three texts may all be in one half
+    capsys.readouterr()
+    for wrong in (["--pivot", "text"], ["--pivot", "text:bleu"], ["--against", "nobody"], ["--choose", "x:y"]):
+        assert main([*there, *wrong]) == 2
+    assert "there are: text:perplexity" in capsys.readouterr().err
     # a second run of that name gets a number; one named by hand is refused
     assert main(["eval", str(config), "--workspace", str(workspace)]) == 2
     assert "one" in capsys.readouterr().err
@@ -141,8 +152,10 @@ def sweep_files(workspace, tmp_path, tiny_qwen3, make_adapter):
 def test_refusals(sweep_files, capsys):
     workspace, config = sweep_files
     there = ["--workspace", str(workspace)]
-    assert main(["sweep", str(config), "--executor", "ray", *there]) == 2
-    assert "not in this version" in capsys.readouterr().err
+    assert main(["sweep", str(config), "--workers", "2", *there]) == 2
+    assert "--workers is for --executor ray" in capsys.readouterr().err
+    assert main(["sweep", str(config), "--executor", "ray", "--workers", "0", *there]) == 2
+    assert "at least 1" in capsys.readouterr().err
     assert main(["report", "nothing", *there]) == 2
     assert "no run nothing" in capsys.readouterr().err
     assert main(["sweep", "no.yaml", *there]) == 2
