@@ -31,6 +31,12 @@ class Curves:
     series: tuple[Series, ...]
     limits: tuple[float, float] | None = None
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """The x axis: 0 to 1 from the first point on, so that it rests while points come in."""
+        xs = [x for one in self.series for x, _ in one.points]
+        return min(0.0, *xs), max(1.0, *xs)
+
 
 def curves_of(
     rows: Sequence[MetricRow], template: str = "", decoding: str = "", tasks: Mapping[str, str] | None = None

@@ -229,7 +229,8 @@ class EvaluateScreen(MedScreen):
         group, column = self._under_cursor
         line, place = table.cursor_row, table.cursor_column
         table.clear(columns=True)
-        settings = len({(group.template, group.decoding) for group in self._groups}) > 1
+        told = {(one.template, one.decoding) for one in self._groups}
+        settings = len(told - {("", "")}) > 1
         faint = self.app.theme_variables["faint"]
         table.add_column(Text("model", style=faint), key="model")
         if settings:
@@ -323,7 +324,8 @@ class EvaluateScreen(MedScreen):
             panel = self.query_one(f"#{name}", PlotPanel)
             panel.display = name in shown
             if name in curves:
-                panel.show(curves[name].series, curves[name].title, y_limits=curves[name].limits)
+                one = curves[name]
+                panel.show(one.series, one.title, y_limits=one.limits, x_limits=one.span)
 
     def _curves(self, group: Group | None, column: Column | None) -> dict[str, Any]:
         setting = (group.template, group.decoding) if group else ("", "")
