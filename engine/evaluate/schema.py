@@ -1,8 +1,8 @@
 """JSON Schemas (draft 2020-12) of eval and sweep configs and of task files, made from the dataclasses.
 
 Types, choices, defaults and limits come from the fields, the words from the docstrings, so that editor, parser and
-docs say one thing. `python -m engine.evaluate.schema docs/schemas` writes them; a test compares. Called by
-`medmerge tasks --schema` as well.
+docs say one thing. `python -m engine.evaluate.schema docs` writes docs/schemas/*.json and the tables of docs/tasks.md;
+tests compare. Called by `medmerge tasks --schema` as well.
 
 What only the parser checks: files that exist; labels of weights that are adapters; names, mixtures and labels that
 stand twice; lengths and steps of a line; a port above 65535; a template for servers without a base; whole numbers
@@ -29,7 +29,7 @@ from engine.evaluate.config import (
     GgufFile,
     Server,
 )
-from engine.evaluate.tasks.parse import ONLY, PRESETS
+from engine.evaluate.tasks.parse import ONLY, PRESETS, preset_values
 from engine.evaluate.tasks.task import FIELDS, Task
 from engine.evaluate.values import limits_of
 
@@ -285,6 +285,42 @@ def text(name: str) -> str:
     return json.dumps(schema(name), indent=2, ensure_ascii=False) + "\n"
 
 
+def fields_table() -> str:
+    """The fields of a task as rows of Markdown."""
+    rows = []
+    for name, words in field_docs(Task).items():
+        default = (
+            _plain(Task, name).get("default", "")
+            if name not in ("data", "columns", "where", "replace")
+            else ""
+        )
+        shown = "" if default == "" else f"`{json.dumps(default)}`".replace('"', "")
+        rows.append(f"| `{name}` | {shown} | {words} |")
+    return "\n".join(["| field | default | |", "|---|---|---|", *rows])
+
+
+def presets_table() -> str:
+    """The presets as rows of Markdown: kind, where the data are published, their licence."""
+    rows = []
+    for name in PRESETS:
+        values = preset_values(name)
+        scoring = f" ({values['scoring']})" if "scoring" in values else ""
+        rows.append(f"| `{name}` | {values['kind']}{scoring} | {values['origin']} | {values['licence']} |")
+    return "\n".join(["| preset | kind | data | licence |", "|---|---|---|---|", *rows])
+
+
+def with_tables(page: str) -> str:
+    """docs/tasks.md with both tables made anew between their marks."""
+    for name, made in (("fields", fields_table()), ("presets", presets_table())):
+        begin, end = f"<!-- {name}: python -m engine.evaluate.schema docs -->", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 if __name__ == "__main__":
+    docs = Path(sys.argv[1])
     for each in SCHEMAS:
-        (Path(sys.argv[1]) / f"{each}.json").write_text(text(each), encoding="utf-8")
+        (docs / "schemas" / f"{each}.json").write_text(text(each), encoding="utf-8")
+    tasks = docs / "tasks.md"
+    tasks.write_text(with_tables(tasks.read_text(encoding="utf-8")), encoding="utf-8")

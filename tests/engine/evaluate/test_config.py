@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from engine.errors import BadDataError, BadRecipeError
 from engine.evaluate import EvalConfig, load_config, parse_config
+from engine.evaluate.config import Decoding, GgufFile, Server
 from engine.evaluate.data import read_samples
+from engine.evaluate.tasks.task import HALVES, KINDS, SCORINGS, STYLES, Task
 
 
 @pytest.fixture
@@ -102,6 +107,165 @@ def test_mistakes_are_named(change, message, raw, tmp_path):
     with pytest.raises(BadRecipeError, match=message) as error:
         load_config(path)
     assert str(error.value).startswith(str(path)) and error.value.exit_code == 2
+
+
+def mixtures(raw, weights):
+    return [tuple(m.values()) for m in parse_config({**raw, "weights": weights}).weights]
+
+
+@pytest.fixture
+def resolved(raw, tmp_path):
+    return load_config(write(tmp_path, raw)).to_dict()
+
+
+def test_weights_as_words_grids_and_lines(resolved):
+    assert mixtures(resolved, ["base", "pt", "sft"]) == [(0, 0), (1, 0), (0, 1)]
+    assert mixtures(resolved, "sft") == [(0, 1)]
+    grid = {"grid": {"pt": [0, 0.3], "sft": [0, 0.7, 1]}}
+    assert mixtures(resolved, grid) == [(0, 0), (0, 0.7), (0, 1), (0.3, 0), (0.3, 0.7), (0.3, 1)]
+    assert mixtures(resolved, {"line": {"pt": [0, 0.5], "sft": [1, 0.5]}}) == [(0, 1), (0.5, 0.5)]
+    tenths = {"line": {"pt": {"from": 0, "to": 1, "step": 0.1}, "sft": "rest"}}
+    assert mixtures(resolved, tenths) == [
+        (n / 10, (10 - n) / 10) for n in range(11)
+    ]  # no 0.30000000000000004
+    down = {"grid": {"pt": {"from": 1, "to": 0, "points": 5}}}
+    assert mixtures(resolved, down) == [(1, 0), (0.75, 0), (0.5, 0), (0.25, 0), (0, 0)]
+    assert mixtures(resolved, ["pt", down, {"sft": 1}])[0] == (1, 0)  # what a grid repeats is left out
+    assert len(mixtures(resolved, ["pt", down, {"sft": 1}])) == 6
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (["bse"], r"weights\[0\] is 'bse', which is no adapter(?s:.)*did you mean base"),
+        (["pt", {"pt": 1}], r"weights\[1\] is the same mixture as weights\[0\]"),
+        ({"grid": {"ppt": [1]}}, r"weights\[0\].grid.ppt is not a known key(?s:.)*did you mean pt"),
+        ({"grid": {}}, r"grid is empty"),
+        ({"grid": {"pt": []}}, r"grid.pt should be a list with something"),
+        ({"line": {"pt": [0, 1], "sft": [1]}}, r"differ in length: pt has 2, sft has 1"),
+        ({"line": {"pt": "rest"}}, r"pt is rest, which one adapter of a line can be"),
+        (
+            {"line": {"pt": {"from": 0, "to": 1, "step": 0.3}}},
+            r"does not lead from 0.0 to 1.0 in whole steps",
+        ),
+        ({"line": {"pt": {"from": 0, "to": 1}}}, r"should have either step or points"),
+        ({"grid": {"pt": {"from": 0, "to": 1, "step": 1e-9}}}, r"makes 1,000,000,000 steps; at most 10,000"),
+        ({"grid": {a: {"from": 0, "to": 1, "points": 200} for a in ("pt", "sft")}}, r"makes 40,000 mixtures"),
+        ({"grid": {"pt": [0]}, "line": {}}, r"line is not a known key"),
+    ],
+)
+def test_weights_that_make_no_sense(weights, message, resolved):
+    with pytest.raises(BadRecipeError, match=message):
+        parse_config({**resolved, "weights": weights})
+
+
+def test_the_papers_decoding(raw, tmp_path):
+    raw["decoding"] = [{"use": "paper", "max_new_tokens": 64}]
+    drawn = load_config(write(tmp_path, raw)).decoding
+    assert [(d.name, d.temperature, d.top_p) for d in drawn] == [
+        ("T0.2 p0.7", 0.2, 0.7), ("T0.6 p0.8", 0.6, 0.8), ("T0.95 p0.7", 0.95, 0.7), ("greedy", 0, 1),
+    ]  # fmt: skip
+    assert {d.max_new_tokens for d in drawn} == {64}
+
+
+def test_files_and_servers_need_no_base(raw, tmp_path):
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF")
+    server = {"name": "there", "url": "https://host:8443/v1/", "api": "chat", "key_env": "MY_KEY"}
+    config = load_config(write(tmp_path, {"gguf": ["q4.gguf"], "servers": [server], "tasks": raw["tasks"]}))
+    assert config.base is None and config.weights == () and config.gguf[0].name == "q4"
+    assert config.servers[0].url == "https://host:8443/v1" and config.servers[0].retries == 5
+    assert parse_config(config.to_dict()) == config
+    with pytest.raises(BadRecipeError, match="it names 2 models"):
+        parse_config(config.to_dict(), mode="eval")
+    completions = {**server, "api": "completions"}
+    with pytest.raises(BadRecipeError, match=r"templates is model(?s:.)*qwen3_nothink"):
+        load_config(write(tmp_path, {"servers": [completions], "tasks": raw["tasks"]}))
+    named = {"servers": [completions], "tasks": raw["tasks"], "templates": ["chatml"]}
+    assert load_config(write(tmp_path, named), mode="eval").templates == ("chatml",)
+    with pytest.raises(BadRecipeError, match="two entries named 'q4'"):
+        load_config(write(tmp_path, {"gguf": ["q4.gguf", "q4.gguf"], "tasks": raw["tasks"]}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"api_key": "sk-123"},
+        {"key_env": "sk-123"},
+        {"url": "http://u:sk-123@h/v1"},
+        {"url": "http://h/?k=sk-123"},
+    ],
+)
+def test_a_key_in_a_config_is_refused_and_not_repeated(change, raw, tmp_path):
+    server = {"name": "s", "url": "http://h/v1", "api": "chat", **change}
+    with pytest.raises(BadRecipeError, match="key_env: MY_SERVER_KEY") as error:
+        load_config(write(tmp_path, {"servers": [server], "tasks": raw["tasks"]}))
+    assert "sk-123" not in str(error.value)
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="{}"), max_size=8)
+names = words.filter(str.strip)
+numbers = st.floats(-2, 2, allow_nan=False)
+
+
+@st.composite
+def configs(draw, folder: Path) -> EvalConfig:
+    """Any config that the dataclasses can hold and the parser takes."""
+    kind = draw(st.sampled_from(KINDS))
+    only = {}
+    if kind == "multiple_choice":
+        scoring = draw(st.sampled_from(SCORINGS))
+        only = {
+            "scoring": scoring,
+            "shuffle": draw(st.none() | st.integers(0, 9)),
+            "style": draw(st.sampled_from(STYLES)),
+            "mixed_options": draw(st.booleans()),
+            "instruction": draw(names) if scoring == "generated" else "",
+            "columns": {"options": draw(st.lists(names, min_size=2, max_size=4))},
+        }
+    elif kind == "generation":
+        only = {
+            "references": draw(st.booleans()),
+            "columns": draw(st.dictionaries(st.just("reference"), names)),
+        }
+    task = Task(
+        draw(names), kind, folder / "qa.jsonl", draw(st.none() | st.integers(1, 9)),
+        half=draw(st.sampled_from(HALVES)), system=draw(st.just("") | names), prompt=draw(st.just("") | names),
+        where=draw(st.dictionaries(names, st.none() | st.booleans() | words | st.lists(words, min_size=1), max_size=2)),
+        replace=draw(st.dictionaries(names, st.dictionaries(words, names, min_size=1, max_size=2), max_size=2)),
+        language=draw(st.sampled_from(["en", "zh"])), header=draw(st.booleans()), **only,
+    )  # fmt: skip
+    with_base = draw(st.booleans())
+    mixture = st.fixed_dictionaries({"pt": numbers, "sft": numbers})
+    drawing = st.builds(
+        Decoding, names, st.floats(0, 100), st.floats(0.01, 1), st.integers(0, 99), st.integers(1, 99)
+    )
+    server = st.builds(
+        Server, names, st.sampled_from(["http://h/v1", "https://[::1]:80"]), words.map(str.strip), st.just("chat"),
+        st.just("") | st.just("K_1"), st.integers(1, 9), st.floats(0.1, 99), st.integers(0, 9),
+    )  # fmt: skip
+    mixtures = st.lists(mixture, min_size=1, max_size=3, unique_by=lambda m: (m["pt"], m["sft"]))
+    files = (GgufFile("the file", folder / "qa.jsonl"),)
+    return EvalConfig(
+        base=folder / "base" if with_base else None,
+        adapters={"pt": folder / "pt", "sft": folder / "sft"} if with_base else {},
+        weights=tuple(draw(mixtures)) if with_base else (),
+        tasks=(task,),
+        templates=tuple(draw(st.lists(st.sampled_from(["model", "chatml", "qwen3"]), min_size=1, unique=True))),
+        decoding=tuple(draw(st.lists(drawing, min_size=1, max_size=2, unique_by=lambda d: d.name))),
+        seeds=tuple(draw(st.lists(st.integers(0, 9), min_size=1, unique=True))),
+        gguf=files if not with_base or draw(st.booleans()) else (),
+        servers=tuple(draw(st.lists(server, max_size=2, unique_by=lambda s: s.name))),
+    )  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_config_goes_round_through_json_and_yaml(data, raw, tmp_path):
+    config = data.draw(configs(tmp_path))
+    raw = json.loads(json.dumps(config.to_dict()))
+    assert parse_config(raw) == config
+    assert parse_config(yaml.safe_load(yaml.safe_dump(raw))) == config
+    assert config.limited(1).tasks[0].limit == 1
 
 
 def test_an_evaluation_is_of_one_mixture(raw, tmp_path):
