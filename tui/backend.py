@@ -112,6 +112,10 @@ class Backend(Protocol):
         """An overlap metric of every answer alone, which takes seconds for thousands."""
         ...
 
+    def labels(self, run: str, rows: Sequence[SampleRow]) -> list[SampleRow]:
+        """These answers to probes with their labels."""
+        ...
+
     def correct(self, run: str, sample: SampleRow, label: str | None, note: str) -> None:
         """Keep a label given by hand beside the rows (None: back to the automatic one)."""
         ...
@@ -257,6 +261,11 @@ class LocalBackend:
         from tui.reading_samples import scores_of
 
         return scores_of([row.text for row in rows], [row.reference for row in rows], metric)
+
+    def labels(self, run: str, rows: Sequence[SampleRow]) -> list[SampleRow]:
+        from tui.reading_samples import labelled
+
+        return labelled(Path(run), rows)
 
     def correct(self, run: str, sample: SampleRow, label: str | None, note: str) -> None:
         from engine.evaluate import corrections

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,21 @@ from tui.snapshots import SampleRow, SampleSet
 if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
 
+AT_ONCE = 1000
 FACTS = ("finish", "new_tokens", "category", "tokens", "seed")
 PROBES = {"harmful_refusal_rate": "harmful", "over_refusal_rate": "safe", "advice_refusal_rate": "advice"}
 FAMILY = {"bleu": "Bleu", "chrf": "Chrf", "rouge1": "Rouge", "rouge2": "Rouge", "rougeL": "Rouge"}
 
 
 def samples_of(run: Path, row: MetricRow) -> SampleSet:
-    """The samples of the row's model, task, template and decoding; of all seeds, in the order of the data."""
-    from engine.evaluate import corrections
+    """The samples of the row's model, task, template and decoding; of all seeds, in the order of the data.
+
+    More than AT_ONCE answers to probes come without labels: `labelled` gives them a part at a time.
+    """
     from engine.evaluate.store import RunStore
 
     store = RunStore(run)
-    prompts, by_hand = store.prompts(), corrections.load(run)
+    prompts = store.prompts()
     task, _, category = row.task.partition("/")
     found: list[SampleRow] = []
     kind = ""
@@ -37,7 +41,7 @@ def samples_of(run: Path, row: MetricRow) -> SampleSet:
         if not _behind(spec, row, task) or not store.is_done(entry["hash"]):
             continue
         kind = spec["kind"]
-        read = _reader(kind, entry["hash"], by_hand)
+        read = _reader(kind, entry["hash"])
         for stored in store.frame(entry["hash"]).to_dicts():
             if category and stored.get("category") != category:
                 continue
@@ -45,6 +49,8 @@ def samples_of(run: Path, row: MetricRow) -> SampleSet:
                 continue
             prompt = prompts.get(str(stored.get("prompt_sha256")), "(prompt not stored)")
             found.append(read(stored, prompt))
+    if kind == "probes" and len(found) <= AT_ONCE:
+        found = labelled(run, found)
     metric = row.metric.removesuffix("_raw").removesuffix("_strip")
     scored_by = ""
     if kind == "generation":
@@ -61,9 +67,7 @@ def _behind(spec: dict[str, Any], row: MetricRow, task: str) -> bool:
     return same and spec.get("template", "") == row.template and decoding == row.decoding
 
 
-def _reader(
-    kind: str, cell: str, by_hand: dict[tuple[str, str, str], str]
-) -> Callable[[dict[str, Any], str], SampleRow]:
+def _reader(kind: str, cell: str) -> Callable[[dict[str, Any], str], SampleRow]:
     """How rows of this kind of cell become sample rows."""
     if kind in ("references", "perplexity"):
         return lambda stored, prompt: _likelihood(stored, prompt, cell)
@@ -72,8 +76,6 @@ def _reader(
 
     def answer(stored: dict[str, Any], prompt: str) -> SampleRow:
         shown = _answer(stored, prompt, cell)
-        if kind == "probes":
-            return _labelled(shown, by_hand)
         if kind == "generated_choice":
             return _letter(stored, shown)
         if kind == "instructions":
@@ -104,13 +106,27 @@ def _seed(stored: dict[str, Any]) -> str:
     return "" if stored.get("seed") is None else str(stored["seed"])
 
 
+def labelled(run: Path, rows: Sequence[SampleRow]) -> list[SampleRow]:
+    """Answers to probes with the label the rules give, and a person's own where there is one."""
+    from engine.evaluate import corrections
+
+    by_hand = corrections.load(run)
+    return [_labelled(row, by_hand) for row in rows]
+
+
 def _labelled(shown: SampleRow, by_hand: dict[tuple[str, str, str], str]) -> SampleRow:
-    from engine.evaluate.refusals import label_answer
     from engine.evaluate.rows import sha256
 
-    automatic = label_answer(shown.text)
+    automatic = _automatic(shown.text)
     given = by_hand.get((shown.cell, shown.id, sha256(shown.text))) if by_hand else None
     return replace(shown, automatic=automatic, label=given or automatic, by_hand=given is not None)
+
+
+@lru_cache(maxsize=100_000)  # read again after every correction
+def _automatic(text: str) -> str:
+    from engine.evaluate.refusals import label_answer
+
+    return label_answer(text)
 
 
 def _letter(stored: dict[str, Any], shown: SampleRow) -> SampleRow:

@@ -267,6 +267,9 @@ class FakeBackend:
     def scores(self, rows: Sequence[SampleRow], metric: str) -> list[float]:
         return [float(len(row.text)) for row in rows]
 
+    def labels(self, run: str, rows: Sequence[SampleRow]) -> list[SampleRow]:
+        return [replace(row, label="refusal", automatic="refusal") for row in rows]
+
     def correct(self, run: str, sample: SampleRow, label: str | None, note: str) -> None:
         self._ask("correct")
         self.corrected.append((sample.id, label, note))

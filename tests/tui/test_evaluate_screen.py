@@ -490,6 +490,14 @@ async def test_a_label_is_corrected_and_counted(app: MedmergeApp, backend: FakeB
         await until(pilot, lambda: shown._first is not None and shown._first.by_hand == 0)
 
 
+async def test_labels_of_many_answers_come_after_the_list(app: MedmergeApp, backend: FakeBackend) -> None:
+    backend.sets = {"SFT": SampleSet("SFT", tuple(sample(n, "No.") for n in range(5000)), labelled=True)}
+    async with app.run_test(size=(120, 36)) as pilot:
+        shown = await behind(pilot, app)
+        await until(pilot, lambda: shown._first is not None and all(row.label for row in shown._first.rows))
+        assert len(shown.list.rows) == 5000
+
+
 async def test_only_probes_can_be_corrected(app: MedmergeApp, backend: FakeBackend) -> None:
     backend.sets = {"SFT": FIRST}
     async with app.run_test(size=(120, 36)) as pilot:

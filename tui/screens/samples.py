@@ -29,8 +29,9 @@ from tui.widgets.sized import SizedScroll, WidthChanged
 
 if TYPE_CHECKING:
     from engine.evaluate.summary import MetricRow
+    from tui.backend import Backend
 
-SCORED_AT_ONCE = 2000  # scores come in pieces, so that the first are seen soon
+AT_ONCE = 2000  # scores come in pieces, so that the first are seen soon
 
 
 class SamplesScreen(MedScreen):
@@ -131,35 +132,32 @@ class SamplesScreen(MedScreen):
         return True
 
     def _score(self, start: int) -> None:
-        """Ask for the scores of the next samples, each alone."""
-        found, backend = self._first, self.med.backend
-        if found is None or not found.scored_by or start >= len(found.rows):
-            return
-        rows, metric = found.rows[start : start + SCORED_AT_ONCE], found.scored_by
-        self.ask("scores", lambda: (found, start, backend.scores(rows, metric)))
+        """Ask for the scores (of probes: the labels) of the next samples."""
+        found, backend, run = self._first, self.med.backend, self.run
+        if found is not None and start < len(found.rows) and _unfinished(found):
+            rows = found.rows[start : start + AT_ONCE]
+            self.ask("scores", lambda: (found, start, _finished(backend, run, found, rows)))
 
-    def _take_scores(self, of: SampleSet, start: int, scores: Sequence[float]) -> None:
+    def _take_scores(self, of: SampleSet, start: int, done: Sequence[SampleRow]) -> None:
         found = self._first
         if found is None or len(found.rows) != len(of.rows) or found.model != of.model:
             return
-        rows = list(found.rows)
-        for place, value in enumerate(scores, start):
-            rows[place] = replace(rows[place], score=value)
-        self._first = replace(found, rows=tuple(rows), score=found.score or found.scored_by)
+        rows = (*found.rows[:start], *done, *found.rows[start + len(done) :])
+        self._first = replace(found, rows=rows, score=found.score or found.scored_by)
+        self._texts = []
         self._fill()
-        self._score(start + len(scores))
+        self._score(start + len(done))
 
     def _score_second(self) -> None:
-        found, backend = self._second, self.med.backend
-        if found is not None and found.scored_by:
-            self.ask("second scores", lambda: (found, backend.scores(found.rows, found.scored_by)))
+        found, backend, run = self._second, self.med.backend, self.run
+        if found is not None and _unfinished(found):
+            self.ask("second scores", lambda: (found, _finished(backend, run, found, found.rows)))
 
-    def _take_second(self, of: SampleSet, scores: Sequence[float]) -> None:
+    def _take_second(self, of: SampleSet, done: Sequence[SampleRow]) -> None:
         if self._second is of:
-            rows = tuple(replace(row, score=value) for row, value in zip(of.rows, scores, strict=True))
-            self._second = replace(of, rows=rows, score=of.score or of.scored_by)
-            self._by_key = {row.key: row for row in rows}
-            self._show()
+            self._second = replace(of, rows=tuple(done), score=of.score or of.scored_by)
+            self._by_key = {row.key: row for row in done}
+            self._fill()
 
     # ---- showing -------------------------------------------------------------------------------------------
 
@@ -406,3 +404,18 @@ class SamplesScreen(MedScreen):
             self._fill()
         else:
             self.dismiss()
+
+
+def _unfinished(found: SampleSet) -> bool:
+    """Whether scores or labels are still to be made."""
+    if found.labelled:
+        return any(not row.label for row in found.rows)
+    return bool(found.scored_by) and any(row.score is None for row in found.rows)
+
+
+def _finished(backend: Backend, run: str, found: SampleSet, rows: Sequence[SampleRow]) -> list[SampleRow]:
+    """The rows with their scores or labels; runs in a thread."""
+    if found.labelled:
+        return backend.labels(run, rows)
+    scores = backend.scores(rows, found.scored_by)
+    return [replace(row, score=value) for row, value in zip(rows, scores, strict=True)]
