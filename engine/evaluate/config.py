@@ -30,7 +30,8 @@ DEVICES = ("auto", "cpu", "cuda")
 APIS = ("completions", "chat")
 DECODING_WORDS = ("paper", "greedy")
 LITERAL_KEYS = ("key", "api_key", "apikey", "token", "password", "secret", "authorization", "headers")
-KEY_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# not what common services begin their keys with: a key put here by mistake would be kept with the run
+KEY_NAME = re.compile(r"(?!(?:sk|pk|hf|gsk|ghp)_)[A-Za-z_][A-Za-z0-9_]{0,63}")
 SERVER_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#@]*)?")
 KEY_HINT = "put the key into an environment variable and name that: key_env: MY_SERVER_KEY"
 

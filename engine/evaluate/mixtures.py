@@ -135,7 +135,8 @@ def _axis(raw: Any, check: Checker, key: str) -> list[Decimal]:
             f"{key}.step", f"is {step}, which does not lead from {first} to {last} in whole steps"
         )
     if count > MOST:
-        raise check.error(f"{key}.step", f"makes {int(count):,} steps; at most {MOST:,}")
+        words = f"{int(count):,}" if count < 10**12 else f"{count:.0e}"
+        raise check.error(f"{key}.step", f"makes {words} steps; at most {MOST:,}")
     return [first + step * n * (1 if last >= first else -1) for n in range(int(count) + 1)]
 
 

@@ -155,10 +155,16 @@ class Checker:
 
     def path(self, value: Any, key: str) -> Path:
         """An existing file or folder, absolute; `probes/NAME` may be a set that comes with the program."""
-        typed = Path(self.text(value, key)).expanduser()
-        for candidate in [typed] if typed.is_absolute() else [root / typed for root in self.roots] or [typed]:
-            if candidate.exists():
-                return candidate.absolute()
+        try:
+            typed = Path(self.text(value, key)).expanduser()
+            for candidate in (
+                [typed] if typed.is_absolute() else [root / typed for root in self.roots] or [typed]
+            ):
+                if candidate.exists():
+                    return candidate.absolute()
+        except (OSError, RuntimeError) as error:  # too long, not permitted; ~name of nobody
+            words = error.strerror if isinstance(error, OSError) else error
+            raise self.error(key, f"is {value:.60}, which cannot be looked up: {words}") from error
         if str(value).startswith("probes/"):
             from engine.evaluate.probes import probe_path
 

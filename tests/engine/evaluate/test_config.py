@@ -76,6 +76,14 @@ def changed(raw, **changes):
             r"tasks\[0\].limt (?s:.)*did you mean limit",
         ),
         (lambda r: changed(r, base="nowhere"), r"base is nowhere, which does not exist"),
+        (
+            lambda r: changed(r, base="b" * 5000),
+            r"base is b{60}, which cannot be looked up: File name too long",
+        ),
+        (
+            lambda r: changed(r, base="~nobody-here/b"),
+            r"base is ~nobody-here/b, which cannot be looked up: Co",
+        ),
         (lambda r: changed(r, base=None), r"base is missing"),
         (
             lambda r: changed(r, weights=[{"pt": 0.3, "sfft": 1}]),

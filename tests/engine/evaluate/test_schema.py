@@ -95,6 +95,7 @@ BAD: dict[str, Any] = {
     "url with a query": {"servers": [{**SERVER, "url": "http://host/v1?key=secret"}], "tasks": [GEN]},
     "literal key": {"servers": [{**SERVER, "api_key": "sk-secret"}], "tasks": [GEN]},
     "literal key_env": {"servers": [{**SERVER, "key_env": "sk-secret"}], "tasks": [GEN]},
+    "literal key_env of a service": {"servers": [{**SERVER, "key_env": "hf_secret"}], "tasks": [GEN]},
     "api": {"servers": [{**SERVER, "api": "responses"}], "tasks": [GEN]},
     "timeout": {"servers": [{**SERVER, "timeout": 0}], "tasks": [GEN]},
     "kind": task(kind="chat"),
@@ -119,7 +120,7 @@ BAD: dict[str, Any] = {
     "preset": config(tasks=["medqaa"]),
     "not a mapping": [1],
 }  # fmt: skip
-SECRETS = ("sk-secret", "me:secret", "key=secret")
+SECRETS = ("sk-secret", "hf_secret", "me:secret", "key=secret")
 
 
 @pytest.fixture

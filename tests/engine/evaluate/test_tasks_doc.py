@@ -1,9 +1,8 @@
-"""docs/tasks.md: its tables are those of the code, and its examples run as they stand."""
+"""The examples of docs/tasks.md run as they stand."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,45 +11,40 @@ import yaml
 from engine.evaluate.config import load_config
 from engine.evaluate.data import Sample, read_task
 from engine.evaluate.tasks import PRESETS, load_task
-from engine.evaluate.tasks.doc import updated
 from engine.evaluate.tasks.parse import preset_values
 from tui.cli import main
 
 PAGE = Path(__file__).parents[3] / "docs" / "tasks.md"
 
 
-def test_the_tables_are_those_of_the_code():
-    text = PAGE.read_text(encoding="utf-8")
-    assert updated(text) == text, "run: python -m engine.evaluate.tasks.doc docs/tasks.md"
-
-
 @pytest.fixture(scope="module")
 def examples() -> dict[str, str]:
-    """The page's YAML by the `name:` in it, and its CSV."""
-    text = PAGE.read_text(encoding="utf-8")
+    """The YAML of the page by the `name` in it ("config" for the list of tasks), and its CSV."""
     found = {}
-    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
-        raw = yaml.safe_load(block)
-        found[raw.get("name", "config")] = block
-    (table,) = re.findall(r"\n\n((?:    v?\w+,.*\n)+)", text)
-    return {**found, "csv": textwrap.dedent(table)}
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        name = yaml.safe_load(block).get("name", "config") if language == "yaml" else language
+        found[name] = block
+    return found
 
 
 def test_the_five_minutes_work_as_written(examples, tmp_path, capsys):
-    (tmp_path / "notes.csv").write_text(examples["csv"])
-    (tmp_path / "plan.yaml").write_text(examples["plan"])
-    assert main(["tasks", "check", str(tmp_path / "plan.yaml")]) == 0
-    assert "Write the plan of this visit.\n    \n    Doctor: How is the knee?" in capsys.readouterr().out
-    first, second = read_task(load_task(tmp_path / "plan.yaml"))
-    assert (first.id, first.reference) == ("v1", "Ice, rest, see again in two weeks.")
-    assert second.prompt.endswith("\n\nDoctor: Any fever? Patient: Since Monday, 39.")
-    for name in ("phrases_no_exclude_test.jsonl", "texts.jsonl"):
-        (tmp_path / name).write_text("")
+    (tmp_path / "summaries.csv").write_text(examples["csv"])
+    (tmp_path / "summaries.yaml").write_text(examples["summaries"])
+    assert main(["tasks", "check", str(tmp_path / "summaries.yaml")]) == 0
+    assert "one short question.\n    \n    I have had a cough since May" in capsys.readouterr().out
+    (sample,) = read_task(load_task(tmp_path / "summaries.yaml"))
+    assert sample.reference == "What causes a cough that lasts for months?"
+
+
+def test_the_list_of_tasks_is_a_config(examples, tmp_path):
     (tmp_path / "base").mkdir()
+    (tmp_path / "tasks").mkdir()
+    for name in ("qa.jsonl", "phrases_no_exclude_test.jsonl", "mts.csv"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "tasks" / "mts.yaml").write_text("{use: mts_dialog, data: ../mts.csv}")
     (tmp_path / "sweep.yaml").write_text("base: base\n" + examples["config"])
     tasks = load_config(tmp_path / "sweep.yaml").tasks
-    assert [task.name for task in tasks] == ["plan", "plan_dev", "medqa", "xstest", "mine"]
-    assert (tasks[1].half, tasks[2].limit, tasks[2].shuffle) == ("dev", 200, 1)
+    assert [task.name for task in tasks] == ["qa", "medqa", "mts_dialog", "mts_few", "xstest"]
 
 
 def test_the_choice_examples_read_such_files(examples, tmp_path):
