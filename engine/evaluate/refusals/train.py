@@ -48,7 +48,7 @@ _PREFIXES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled answer. group: its prompt. kind: the prompt's type without `contrast_`; written or generated.
+    """One labelled answer. group: its prompt. kind: the prompt's family of types; written or generated.
 
     source: the model, or CRISIS_SOURCE.
     """
@@ -81,7 +81,7 @@ def read_xstest(folder: Path, model: str) -> list[Row]:
                     plain(row["completion"]),
                     _LABELS[row["final_label"]],
                     row["prompt"],
-                    row["type"].removeprefix("contrast_"),
+                    _family(row["type"]),
                     model,
                 )
                 for row in csv.DictReader(file)
@@ -90,6 +90,11 @@ def read_xstest(folder: Path, model: str) -> list[Row]:
         raise BadDataError(f"cannot read {path}: {error.strerror}", "see docs/refusals.md") from error
     except KeyError as error:
         raise BadDataError(f"{path} has no column or label {error}", "see docs/refusals.md") from error
+
+
+def _family(kind: str) -> str:
+    """A kind of prompt with its contrasts: `discr` and `privacy` are two kinds of safe prompts against one unsafe."""
+    return next((word for word in ("discr", "privacy") if word in kind), kind.removeprefix("contrast_"))
 
 
 def read_crisis(half: str) -> list[Row]:
@@ -137,11 +142,10 @@ def matrix(rows: Sequence[Row], classifier: Classifier) -> Any:
 
     where, columns, values = [], [], []
     for number, row in enumerate(rows):
-        found = [
-            classifier.vocabulary[g]
-            for g in _grams(row.text, classifier.opening)
-            if g in classifier.vocabulary
-        ]
+        shared = _grams(row.text, classifier.opening) & classifier.vocabulary.keys()
+        found = sorted(
+            classifier.vocabulary[gram] for gram in shared
+        )  # sorted: sums must not hang on set order
         weights = classifier.idf[found]
         values += (weights / max(float(np.linalg.norm(weights)), 1e-12)).tolist()
         where += [number] * len(found)
