@@ -164,7 +164,7 @@ def facts_of(task: Task) -> Json:
         "notes": data.notes,
         "half": task.half,
         "first": {"id": samples[0].id, "prompt": prompt_of(task, samples[0]), "system": task.system},
-        "prompt_characters": _spread([len(sample.prompt) for sample in samples]),
+        "prompt_characters": _spread([len(prompt_of(task, sample)) for sample in samples]),
     }
     if task.kind == "multiple_choice":
         from engine.evaluate.choice import LETTERS

@@ -277,6 +277,7 @@ def test_the_command_checks_a_task_and_a_config(folder, capsys):
     assert mine["rows"] == 1 and xstest["samples"] == 450
     assert mc["answers"] == {"B": 1} and mc["options"] == {"2": 1} and mc["majority"] == 1
     assert mc["first"]["prompt"] == "Question: Which?\nA. p\nB. q\nAnswer:"
+    assert mc["prompt_characters"]["most"] == len(mc["first"]["prompt"])
 
 
 @pytest.mark.parametrize(
