@@ -172,7 +172,7 @@ def write_config(root: Path, config: dict[str, Any]) -> None:
 
     path = config_path(root, config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def resume(root: Path, params: dict[str, Any]) -> Action:
@@ -227,7 +227,7 @@ def write_evaluation(root: Path, name: str, config: dict[str, Any]) -> Path:
 
     path = evaluation_file(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
 
 

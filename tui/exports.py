@@ -39,8 +39,10 @@ def export_table(root: Path, name: str, rows: Sequence[MetricRow], suffix: str) 
     rows = [replace(row) for row in rows]
     if suffix == "json":
         text = json.dumps({"rows": [row.to_dict() for row in rows]}, ensure_ascii=False, indent=1)
+    elif suffix == "csv":
+        text = report.csv_text(rows)
     else:
-        text = {"csv": report.csv_text, "md": report.markdown, "tex": report.latex}[suffix](rows)
+        text = (report.markdown if suffix == "md" else report.latex)(rows, every=True)
     return _write(root, name, suffix, text)
 
 

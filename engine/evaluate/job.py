@@ -19,7 +19,7 @@ from engine.evaluate.bench import Bench, stamps_of
 from engine.evaluate.cells import Cell, Identity, plan_cells
 from engine.evaluate.choice import shuffled
 from engine.evaluate.config import EvalConfig, Server, Task, parse_config
-from engine.evaluate.data import Sample, read_task
+from engine.evaluate.data import Sample, read_data
 from engine.evaluate.recorder import Recorder
 from engine.evaluate.store import RunStore
 from engine.gguf.trained import choose_for, trained_in
@@ -43,7 +43,7 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     mode = str(params.get("mode", "sweep"))
     config = parse_config(params["config"], "config", mode=mode)
     store = RunStore(Path(params["out"]))
-    samples = {task.name: samples_of(task) for task in config.tasks}
+    samples = {task.name: samples_of(task, events) for task in config.tasks}
     for server in config.servers:
         key_of(server.key_env)  # a key that is missing is told before anything is measured
     stamps = stamps_of(config)
@@ -88,9 +88,12 @@ def run(params: dict[str, Any], events: EventWriter) -> dict[str, Any]:
     }
 
 
-def samples_of(task: Task) -> list[Sample]:
+def samples_of(task: Task, events: EventWriter | None = None) -> list[Sample]:
     """The samples of a task as they are asked: read, checked, and their options shuffled where it says so."""
-    samples = read_task(task)
+    data = read_data(task)
+    for note in data.notes if events else ():
+        events.log(f"{task.name}: {note}")  # type: ignore[union-attr]
+    samples = data.samples
     return samples if task.shuffle is None else [shuffled(sample, task.shuffle) for sample in samples]
 
 

@@ -47,7 +47,7 @@ class RunStore:
         """
         import yaml
 
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(dict(config), sort_keys=False)
         path = self.folder / CONFIG
         if self.folder.exists():
             if not resume:

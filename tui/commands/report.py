@@ -87,7 +87,11 @@ def run(args: argparse.Namespace) -> int:
     elif args.format == "table":
         print(human_table(rows, every=args.all))
     else:
-        print({"csv": csv_text, "markdown": markdown, "latex": latex}[args.format](rows))
+        print(
+            csv_text(rows)
+            if args.format == "csv"
+            else {"markdown": markdown, "latex": latex}[args.format](rows, args.all)
+        )
     if chosen:
         print("\n" + _about_choice(chosen))
     return 0
@@ -193,7 +197,9 @@ def _task_table(task: str, rows: Sequence[MetricRow]) -> str:
     quiet = {"untagged_rate", "unparsed_rate"}  # columns that only say something when something happened
     if all(name in ("think_rate", *quiet) for name in metrics):
         quiet.add("think_rate")
-    metrics = [name for name in metrics if name not in quiet or any(r.value for r in rows if r.metric == name)]
+    metrics = [
+        name for name in metrics if name not in quiet or any(r.value for r in rows if r.metric == name)
+    ]
     if not metrics:
         return ""
     lines = lines_of(rows)
@@ -261,9 +267,9 @@ def csv_text(rows: Sequence[MetricRow]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def markdown(rows: Sequence[MetricRow]) -> str:
-    """One pipe table: a line per model and setting, a column per task and metric."""
-    head, body = _wide(rows)
+def markdown(rows: Sequence[MetricRow], every: bool = False) -> str:
+    """One pipe table: a line per model and setting, a column per task and metric (of SHOWN, or all)."""
+    head, body = _wide(rows, every)
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
@@ -271,9 +277,9 @@ def markdown(rows: Sequence[MetricRow]) -> str:
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, body)])
 
 
-def latex(rows: Sequence[MetricRow]) -> str:
+def latex(rows: Sequence[MetricRow], every: bool = False) -> str:
     """A tabular environment with the same columns."""
-    head, body = _wide(rows)
+    head, body = _wide(rows, every)
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(_tex(text) for text in cells) + r" \\"
@@ -307,9 +313,9 @@ def _tex(text: str) -> str:
     return text.translate(_TEX)
 
 
-def _wide(rows: Sequence[MetricRow]) -> tuple[list[str], list[list[str]]]:
+def _wide(rows: Sequence[MetricRow], every: bool = False) -> tuple[list[str], list[list[str]]]:
     """Head and body of one table over all tasks."""
-    shown = [row for row in rows if row.metric in SHOWN]
+    shown = [row for row in rows if every or row.metric in SHOWN]
     columns = list(dict.fromkeys((row.task, row.metric) for row in shown))
     head = [*Line._fields] + [
         f"{task} {heading(metric, [row for row in shown if row.task == task])}" for task, metric in columns

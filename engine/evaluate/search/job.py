@@ -224,7 +224,7 @@ def _write_recipes(
             },
         }
         path = folder / f"{name}.yaml"
-        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(recipe, sort_keys=False)
         write_text(path, f"# Found by medmerge search {folder.name}\n{text}")
         written[name] = str(path)
     return written
