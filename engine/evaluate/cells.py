@@ -28,6 +28,7 @@ from engine.weights.tensorfile import file_sha256
 FORMAT = "medmerge.eval/1"  # raised when prompts or scoring change: old cells are then computed anew
 GREEDY_FIELDS = ("name", "temperature", "max_new_tokens")
 TEXT_KINDS = ("generation", "probes", "instructions", "generated_choice")  # a model writes an answer
+TOGETHER = 4  # batches of texts that are generated as one: freed places are taken by the next prompts
 SERVER_TEMPLATE = "server"  # the name of the unknown template of a chat server
 # What a task says beyond its name, data and limit, by kind of cell; left out of the hash where it is the default.
 _TASK_FIELDS = (
@@ -148,6 +149,8 @@ def plan_cells(config: EvalConfig, identity: Identity) -> list[Cell]:
                     "decoding": _decoding_spec(decoding),
                     "seed": seed,
                 }
+                if model is None and kind in TEXT_KINDS:
+                    spec["together"] = TOGETHER
                 cells.append(Cell(kind, task, weights, template, decoding, seed, spec, model))
     return cells
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine import templates
+from engine.errors import BadDataError
 from engine.evaluate import choice
-from engine.evaluate.cells import TEXT_KINDS, Cell
+from engine.evaluate.cells import TEXT_KINDS, TOGETHER, Cell
 from engine.evaluate.config import Decoding
 from engine.evaluate.data import Sample
 from engine.evaluate.generate import find_stops, generate
@@ -32,7 +33,7 @@ class CellWork:
             "perplexity": self._prepare_text,
         }.get(cell.kind, self._prepare_generation)
         lengths = prepare()
-        self.batches = length_batches(lengths, cell.spec["batch_size"], **self._budget)
+        self.batches = length_batches(lengths, self._together, **self._budget)
 
     def run(self, batch: Sequence[int]) -> list[Row]:
         """The rows of these samples, each with `id` and `prompt_sha256`."""
@@ -52,6 +53,12 @@ class CellWork:
         if not hasattr(self, "_loaded"):
             self._loaded = templates.load(self.cell.template, self.live.base.folder)
         return self._loaded
+
+    @property
+    def _together(self) -> int:
+        """Samples measured, and kept, as one: where text is generated several batches, so that places are refilled."""
+        size = int(self.cell.spec["batch_size"])
+        return size * TOGETHER if self.cell.kind in TEXT_KINDS else size
 
     @property
     def _budget(self) -> dict[str, int]:
@@ -79,6 +86,7 @@ class CellWork:
             decoding,
             self.cell.seed or 0,
             self._stops,
+            slots=int(self.cell.spec["batch_size"]),
         )
         return [
             answer_row(
@@ -95,7 +103,7 @@ class CellWork:
             (self._encode(prompt), self._encode(sample.reference))
             for prompt, sample in zip(self.prompts, self.samples, strict=True)
         ]
-        return [len(prompt) + len(answer) for prompt, answer in self._pairs]
+        return self._fitting([len(prompt) + len(answer) for prompt, answer in self._pairs])
 
     def _references(self, batch: Sequence[int]) -> list[Row]:
         scored = continuation_logprobs(self.live.model, [self._pairs[i] for i in batch])
@@ -112,6 +120,9 @@ class CellWork:
             ]
             for prompt, sample in zip(self.prompts, self.samples, strict=True)
         ]
+        self._fitting(
+            [max(len(context) + len(answer) for context, answer in options) for options in self._options]
+        )
         single = all(len(answer) == 1 for options in self._options for _, answer in options)
         return [
             max(len(context) + len(answer) for context, answer in options) * (1 if single else len(options))
@@ -129,7 +140,18 @@ class CellWork:
         whole = [list(self.live.tokenizer(text)["input_ids"]) for text in self.prompts]
         self._cut = [len(ids) > most for ids in whole]
         self._ids = [ids[:most] for ids in whole]
-        return [len(ids) for ids in self._ids]
+        return self._fitting([len(ids) for ids in self._ids])
+
+    def _fitting(self, lengths: list[int]) -> list[int]:
+        """The lengths, when the model's context holds them. Raises BadDataError naming the first sample it does not."""
+        window = int(getattr(self.live.model.config, "max_position_embeddings", 0) or 2**31)
+        for length, sample in zip(lengths, self.samples, strict=True):
+            if length > window:
+                raise BadDataError(
+                    f"{self.cell.task.name}, sample {sample.id}: {length:,} tokens; the model's context is {window:,}",
+                    "leave it out (where, limit), or for perplexity lower max_tokens",
+                )
+        return lengths
 
     def _text(self, batch: Sequence[int]) -> list[Row]:
         """The first token of a passage has nothing before it and is not scored."""

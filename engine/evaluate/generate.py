@@ -19,7 +19,6 @@ from torch.nn import functional
 from engine.errors import BadDataError
 from engine.evaluate.config import Decoding
 
-TOGETHER = 4  # batches given to `generate` as one, so that freed places can be taken
 _REFILL = 0.25  # share of the slots that must be free before new prompts are read
 _TAIL = 24  # tokens decoded to look for stop strings that are not one token
 

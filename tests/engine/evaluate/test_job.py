@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.errors import BadInputError, BadModelError, CancelledError, TargetExistsError
+from engine.errors import BadDataError, BadInputError, BadModelError, CancelledError, TargetExistsError
 from engine.evaluate import job, parse_config
 from engine.evaluate.store import RunStore
 from engine.evaluate.summary import load_table, sweep_curve
@@ -92,6 +92,7 @@ class Stop(EventWriter):
 def test_interrupted_equals_uninterrupted(after, sweep_config, tmp_path):
     sweep_config["decoding"] = [{"name": "warm", "temperature": 1.0, "max_new_tokens": 6}]
     sweep_config["weights"] = [{"pt": 0.3, "sft": 0.7}]
+    sweep_config["batch_size"] = 1
     whole, broken = tmp_path / "one" / "whole", tmp_path / "two" / "broken"
     job.run(params(sweep_config, whole), EventWriter())
     with pytest.raises(CancelledError):
@@ -172,3 +173,57 @@ def test_templates_and_base_that_were_not_trained_with_are_said(sweep_config, ti
     adapters = {"sft": Adapter.open(folder)}
     found = job.compare_with_base(adapters, Checkpoint.open(tiny_qwen3), events, strict=True)
     assert found[0]["sft"]["same"] is True and found[1] == []
+
+
+class Meddler(EventWriter):
+    """Writes into a file at the first progress event, as somebody who trains on would."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def progress(self, *args: Any, **kwargs: Any) -> None:
+        data = bytearray(self.path.read_bytes())
+        data[-1] ^= 1
+        self.path.write_bytes(data)
+
+
+def test_an_adapter_that_changes_during_the_run_ends_it(sweep_config, tmp_path):
+    weights = Path(sweep_config["adapters"]["pt"]) / "adapter_model.safetensors"
+    out = tmp_path / "runs" / "a"
+    with pytest.raises(
+        BadInputError, match=r"adapter_model\.safetensors changed on disk since this run started"
+    ):
+        job.run(params(sweep_config, out), Meddler(weights))
+    assert not list((out / "cells").glob("*.parquet"))  # nothing measured with it counts as done
+    # measured again from the start, the cells have the hash of what is there now
+    again = job.run(params(sweep_config, tmp_path / "runs" / "b"), EventWriter())
+    assert again["reused"] == 0 and again["exit_code"] == 0
+
+
+def test_what_does_not_fit_the_context_is_named(sweep_config, tiny_qwen3, tmp_path, write_jsonl):
+    window = json.loads((tiny_qwen3 / "config.json").read_text())["max_position_embeddings"]
+    long = "fever and pain " * window
+    rows = [{"id": "short", "question": "Which?", "options": ["a", "b"], "answer": 0},
+            {"id": "long", "question": long, "options": ["a", "b"], "answer": 1}]  # fmt: skip
+    path = write_jsonl("long.jsonl", rows)
+    sweep_config["tasks"] = [{"name": "mc", "kind": "multiple_choice", "data": str(path)}]
+    with pytest.raises(BadDataError, match=rf"mc, sample long: .* the model's context is {window:,}"):
+        job.run(params(sweep_config, tmp_path / "runs" / "a"), EventWriter())
+
+
+def test_options_are_shuffled_and_missing_rows_are_told(sweep_config, tmp_path, write_jsonl):
+    options = [f"o{k}" for k in range(4)]
+    rows = [
+        {"id": f"m{n}", "question": f"Which is {n}?", "options": options, "answer": 1, "set": n % 2}
+        for n in range(8)
+    ]
+    path = str(write_jsonl("mc.jsonl", rows))
+    task = {"name": "mc", "kind": "multiple_choice", "data": path, "where": {"set": 0}}
+    sweep_config |= {"tasks": [{**task, "shuffle": 3}], "weights": [{"sft": 1}]}
+    events = EventWriter()
+    run = Path(job.run(params(sweep_config, tmp_path / "runs" / "a"), events)["run"])
+    assert "mc: where keeps 4 of 8 rows" in [event.data.get("message") for event in events.kept]
+    (found,) = rows_on_disk(run).values()
+    assert {row["options"][row["answer"]] for row in found} == {"o1"}
+    assert len({row["answer"] for row in found}) > 1
