@@ -83,8 +83,17 @@ def _place(row: MetricRow, model: str) -> tuple[str, ...]:
 
 
 def comparisons(rows: Sequence[MetricRow], metrics: Sequence[str]) -> str:
-    """All sentences, task by task."""
-    found = [f"{sentence}." for sentence in sentences(rows, metrics)]
+    """All sentences in the order of the table; metrics that were the same for every pair are named at the end."""
+    compared = [row for row in rows if row.p is not None and (not metrics or row.metric in metrics)]
+    moved = {(row.task, row.metric) for row in compared if row.difference or row.discordant}
+    found = [f"{line}." for line in sentences([r for r in rows if (r.task, r.metric) in moved], metrics)]
+    still = dict.fromkeys(
+        f"{row.info.label} on {row.task} {row.value:.0f}"
+        for row in compared
+        if (row.task, row.metric) not in moved and row.value is not None
+    )
+    if still:
+        found.append(f"no difference at all was observed: {', '.join(still)}.")
     return "\n".join(found) or "nothing to compare: one model, or no prompts in common"
 
 
