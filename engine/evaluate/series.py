@@ -53,8 +53,9 @@ class Series:
 
     @property
     def single(self) -> bool:
-        """One yes/no answer per prompt: exact binomial intervals and McNemar hold."""
-        return self.rate and bool((self.stats[:, 1] == 1).all())
+        """One yes/no answer per prompt: exact binomial intervals and McNemar hold. (Not for the effect of stripping:
+        its stats are two such pairs.)"""
+        return self.rate and self.stats.shape[1] == 2 and bool((self.stats[:, 1] == 1).all())
 
 
 def series_of(
