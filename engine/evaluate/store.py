@@ -144,7 +144,10 @@ class RunStore:
             run = other.parent.parent
             if run == self.folder:
                 continue
-            wanted = set(pl.read_parquet(other, columns=["prompt_sha256"])["prompt_sha256"].to_list())
+            try:
+                wanted = set(pl.read_parquet(other, columns=["prompt_sha256"])["prompt_sha256"].to_list())
+            except (OSError, pl.exceptions.PolarsError):  # damaged: it is measured here
+                continue
             known = RunStore(run).prompts()
             if not wanted <= known.keys():
                 continue
