@@ -67,9 +67,7 @@ def start(args: argparse.Namespace, mode: str, more: dict[str, Any] | None = Non
     params = {"config": config.to_dict(), "out": str(out), "mode": mode, "resume": args.resume}
     params["strict_base"] = args.strict_base
     params |= more or {}
-    title = (
-        f"{mode} {out.name}: {models_in(config)}, " + ", ".join(task.name for task in config.tasks)
-    )
+    title = f"{mode} {out.name}: {models_in(config)}, " + ", ".join(task.name for task in config.tasks)
     spec = JobSpec(mode, "engine.evaluate.job:run", params, title, command_line(args.argv))
     return run_job(args, spec, render)
 

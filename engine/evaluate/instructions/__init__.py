@@ -8,11 +8,18 @@ line, without both, without asterisks), which forgives an introduction or markdo
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import BadDataError
+
+_NUMBERS = {
+    "num_sentences", "num_placeholders", "num_bullets", "num_highlights", "num_sections", "num_paragraphs",
+    "nth_paragraph", "num_words", "frequency", "let_frequency", "capital_frequency",
+}  # fmt: skip
+_LISTS = {"keywords", "forbidden_words"}
 
 Instructions = Sequence[Mapping[str, Any]]  # ({"id": "punctuation:no_comma", "kwargs": {...}}, ...)
 
@@ -58,16 +65,50 @@ def validate(instructions: Instructions) -> None:
         missing = sorted(key for key in wanted if kwargs.get(key) is None)
         if missing:
             raise BadDataError(f"{name} needs {', '.join(missing)}", "put it into kwargs")
+        for key in sorted(wanted):
+            _check_value(name, key, kwargs)
         try:
-            _checker(told, "")
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+            _checker(told, "").check_following("Yes.")  # words are regular expressions there
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError, re.error) as error:
             raise BadDataError(f"{name} does not take {dict(kwargs)}: {error}") from error
+
+
+def _check_value(name: str, key: str, kwargs: Mapping[str, Any]) -> None:
+    """Google's checkers draw another value at random in place of one they cannot use; here it is an error."""
+    value = kwargs[key]
+    if key in _NUMBERS:
+        most = kwargs.get("num_paragraphs") if key == "nth_paragraph" else None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < (key == "nth_paragraph") or (isinstance(most, int) and value > most):
+            bound = f" from 1 to num_paragraphs ({most})" if key == "nth_paragraph" else " of at least 0"
+            raise BadDataError(f"{name}: {key} is {value!r}, and must be a whole number{bound}")
+    elif key in _LISTS:
+        if (
+            not isinstance(value, list | tuple)
+            or not value
+            or not all(isinstance(v, str) and v for v in value)
+        ):
+            raise BadDataError(f"{name}: {key} is {value!r}, and must be a list of words")
+    elif not isinstance(value, str) or not value.strip():
+        raise BadDataError(f"{name}: {key} is {value!r}, and must be text")
+    elif key == "letter" and len(value) != 1:
+        raise BadDataError(f"{name}: {key} is {value!r}, and must be one letter")
+    elif key == "language" and value not in _languages():
+        known = ", ".join(sorted(_languages()))
+        raise BadDataError(f"{name}: {value!r} is none of IFEval's languages", f"one of {known}")
 
 
 def _registry() -> Mapping[str, Any]:
     from engine.evaluate.instructions.google import instructions_registry
 
     return instructions_registry.INSTRUCTION_DICT
+
+
+def _languages() -> Mapping[str, str]:
+    from engine.evaluate.instructions.google import instructions_util
+
+    codes: Mapping[str, str] = instructions_util.LANGUAGE_CODES
+    return codes
 
 
 def _checker(told: Mapping[str, Any], prompt: str) -> Any:

@@ -115,9 +115,17 @@ def test_eval_sweep_and_report(sweep_files, capsys):
     assert "PT against SFT on text (ppl)" in said and "paired bootstrap" in said
     assert main([*there, "--pivot", "text:perplexity", "--against", "PT"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ["SFT", "PT30", "PT"]
-    assert main([*there, "--choose", "text:perplexity", "--json"]) in (0, 2)  # three texts may all be in one half
+    assert main([*there, "--choose", "text:perplexity", "--json"]) in (
+        0,
+        2,
+    )  # three texts may all be in one half
     capsys.readouterr()
-    for wrong in (["--pivot", "text"], ["--pivot", "text:bleu"], ["--against", "nobody"], ["--choose", "x:y"]):
+    for wrong in (
+        ["--pivot", "text"],
+        ["--pivot", "text:bleu"],
+        ["--against", "nobody"],
+        ["--choose", "x:y"],
+    ):
         assert main([*there, *wrong]) == 2
     assert "there are: text:perplexity" in capsys.readouterr().err
     # a second run of that name gets a number; one named by hand is refused

@@ -12,17 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 # From lm-evaluation-harness 0.4.13 (lm_eval/tasks/ifeval), itself from google-research/instruction_following_eval.
-# Changed here: nothing is downloaded (sentences by the punkt package, which carries NLTK's English model); languages are
-# detected with a fixed seed; keywords are never drawn at random, so the word list is gone.
+# Changed here: nothing is downloaded (the tables of NLTK's English sentence model are those in the punkt package, and NLTK's
+# own code cuts with them); languages are detected with a fixed seed; keywords are never drawn at random, so the word list
+# is gone.
 
 """Utility library of instructions."""
 
+import functools
 import logging
 import re
 
 import langdetect
 import punkt
 from nltk.tokenize import NLTKWordTokenizer, RegexpTokenizer
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
 langdetect.DetectorFactory.seed = 0
 logging.getLogger(__package__).setLevel(logging.CRITICAL)  # it logs whole answers it finds no language in
@@ -127,15 +130,26 @@ def count_words(text):
     return len(RegexpTokenizer(r"\w+").tokenize(text))
 
 
+@functools.lru_cache(maxsize=None)
+def _get_sentence_tokenizer():
+    """NLTK's English model. (The punkt package's own code counts differently where a line is a lone full stop.)"""
+    model, parameters = punkt.load_model("english"), PunktParameters()
+    parameters.abbrev_types = set(model.abbrev_types)
+    parameters.collocations = set(model.collocations)
+    parameters.sent_starters = set(model.sent_starters)
+    parameters.ortho_context.update({word: int(flags) for word, flags in model.ortho_context.items()})
+    return PunktSentenceTokenizer(parameters)
+
+
 def count_sentences(text):
     """Count the number of sentences."""
-    return len(punkt.sent_tokenize(text))
+    return len(_get_sentence_tokenizer().tokenize(text))
 
 
 def word_tokenize(text):
     """What nltk.word_tokenize gives."""
     tokenizer = NLTKWordTokenizer()
-    return [token for sentence in punkt.sent_tokenize(text) for token in tokenizer.tokenize(sentence)]
+    return [token for sentence in _get_sentence_tokenizer().tokenize(text) for token in tokenizer.tokenize(sentence)]
 
 
 def generate_keywords(num_keywords):
