@@ -24,6 +24,7 @@ from engine.evaluate.think import split_think
 
 Spec = dict[str, Any]
 Corrections = Mapping[tuple[str, str, str], str]  # (cell, sample, SHA-256 of the text) -> label given by hand
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TAGGED = ("closed", "empty", "unclosed")
 
 
@@ -297,6 +298,9 @@ def _floor_of(frame: pl.DataFrame) -> dict[str, float]:
 def _choice_series(task: str, frame: pl.DataFrame) -> list[Series]:
     scoring = frame["scoring"][0]
     detail = f"log-likelihood of {scoring}, lm-evaluation-harness prompt, no chat template"
+    if scoring == "letters":  # a model that always takes one letter gets that letter's share
+        counts = Counter(_LETTERS[chosen] for chosen in frame["chosen"].to_list())
+        detail += "; chosen " + ", ".join(f"{letter} {count}" for letter, count in sorted(counts.items()))
     right = pl.col("chosen") == pl.col("answer")
     found = [_rate(task, "accuracy", [frame], right, detail, **_floor_of(frame))]
     if scoring == "options":
@@ -319,7 +323,7 @@ def _letter_series(spec: Spec, frames: Sequence[pl.DataFrame]) -> list[Series]:
 
     seen = [read("text")(frame) for frame in frames]
     counts = Counter(
-        "unparsed" if chosen is None else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[chosen]
+        "unparsed" if chosen is None else _LETTERS[chosen]
         for frame in seen
         for chosen in frame["chosen"].to_list()
     )

@@ -97,6 +97,7 @@ def test_holm_over_the_models_of_a_metric(three):
     wanted = multipletests(ps, method="holm")[1]
     assert [rows[n].p_holm for n in ("PT30 SFT70", "PT")] == pytest.approx(list(wanted))
     assert rows["PT30 SFT70"].tests == 2 and not rows["PT30 SFT70"].indistinguishable
+    assert "chosen A " in rows["PT"].detail
     assert rows["PT"].indistinguishable and (rows["PT"].needed or 10**9) > 200
 
 

@@ -91,31 +91,81 @@ def test_loose_forgives_an_introduction_and_markdown():
         (told("length_constraints:number_words", {"num_words": 3, "relation": "about"}), "does not take"),
         (told("punctuation:no_comma", {"number": 3}), "takes no kwargs, and has number"),
         (told("keywords:existence", {"keywords": None}), "needs keywords"),
+        (told("keywords:existence", {"keywords": "fever"}), "must be a list of words"),
+        (told("keywords:forbidden_words", {"forbidden_words": []}), "must be a list of words"),
+        (told("keywords:existence", {"keywords": ["C++"]}), "does not take.*multiple repeat"),
+        (told("keywords:letter_frequency", {"letter": "ab", "let_frequency": 1, "let_relation": "at least"}), "one letter"),
+        (told("length_constraints:number_paragraphs", {"num_paragraphs": -1}), "whole number of at least 0"),
+        (told("length_constraints:number_paragraphs", {"num_paragraphs": "three"}), "whole number"),
+        (told("length_constraints:nth_paragraph_first_word",
+              {"num_paragraphs": 2, "nth_paragraph": 3, "first_word": "so"}), r"from 1 to num_paragraphs \(2\)"),
+        (told("language:response_language", {"language": "zh"}), "none of IFEval's languages"),
+        (told("startend:end_checker", {"end_phrase": " "}), "must be text"),
     ],
-)
+)  # fmt: skip
 def test_bad_instructions_are_named(instructions, words):
     with pytest.raises(BadDataError, match=words):
         validate(instructions)
 
 
+def nltks_english_model(folder: Path) -> None:
+    """The files of NLTK's punkt_tab, from the package that carries its tables (nothing is downloaded)."""
+    punkt = pytest.importorskip("punkt")
+    model, target = punkt.load_model("english"), folder / "tokenizers" / "punkt_tab" / "english"
+    target.mkdir(parents=True)
+    flags = [f"{word}\t{int(value)}" for word, value in model.ortho_context.items()]
+    tables = {
+        "abbrev_types.txt": sorted(model.abbrev_types),
+        "sent_starters.txt": sorted(model.sent_starters),
+        "collocations.tab": ["\t".join(pair) for pair in sorted(model.collocations)],
+        "ortho_context.tab": flags,
+    }
+    for name, lines in tables.items():
+        (target / name).write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_sentences_and_words_are_nltks_own(tmp_path, monkeypatch):
+    """Its loader and its code, on its tables. The last text is one where the punkt package's code differs."""
+    import nltk
+
+    from engine.evaluate.instructions.google.instructions_util import count_sentences, word_tokenize
+
+    nltks_english_model(tmp_path)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    texts = [
+        "See Dr. Lee at 3 p.m. today. Rest.",
+        "Take 2.5 mg, i.e. half. (See No. 5.) OK? Yes!",
+        'He said: "Rest." She did... Then?\n\n* one\n* two',
+        "The U.S. Food and Drug Administration approved it. COVID-19 isn't over.",
+        "It is designed to be used globally.\n\n.",
+    ]
+    for text in texts:
+        assert count_sentences(text) == len(nltk.sent_tokenize(text)), text
+        assert word_tokenize(text) == nltk.word_tokenize(text), text
+
+
+def test_a_verdict_does_not_change():
+    """langdetect draws at random unless it is told not to; this text is one it is unsure of."""
+    rule = told("language:response_language", {"language": "de"})
+    assert (
+        len({check_answer(rule, "q", "Alpha beta in an information hotel.").strict for _ in range(20)}) == 1
+    )
+
+
 @pytest.mark.shared_data
-def test_verdicts_are_the_harness_own(monkeypatch):
-    """All 541 prompts with their example responses. The harness gets the same English sentence model without a
-    download; two prompts ask for "!" as a letter, where it draws another letter at random."""
+def test_verdicts_are_the_harness_own(monkeypatch, tmp_path):
+    """All prompts with their example responses, against the harness' functions as they are. Two prompts ask for "!"
+    or "#" as a letter, where it draws another letter at random."""
     root = os.environ.get("MEDMERGE_SHARED_DATA")
     if not root or not (Path(root) / "ifeval").is_dir():
         pytest.skip("set MEDMERGE_SHARED_DATA to the folder of reference data")
-    nltk, punkt = pytest.importorskip("nltk"), pytest.importorskip("punkt")
+    nltk = pytest.importorskip("nltk")
     pytest.importorskip("lm_eval")
-    monkeypatch.setattr(nltk.data, "find", lambda *args, **kwargs: True)
+    nltks_english_model(tmp_path)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     from lm_eval.tasks.ifeval import instructions_util, utils
-    from nltk.tokenize import NLTKWordTokenizer
 
-    words = NLTKWordTokenizer()
-    cut = punkt.sent_tokenize
-    monkeypatch.setattr(nltk, "word_tokenize", lambda text: [w for s in cut(text) for w in words.tokenize(s)])
-    splitter = type("Splitter", (), {"tokenize": staticmethod(punkt.sent_tokenize)})
-    monkeypatch.setattr(instructions_util, "_get_sentence_tokenizer", splitter)
+    instructions_util._get_sentence_tokenizer.cache_clear()
     folder = Path(root) / "ifeval"
     responses = [json.loads(line) for line in (folder / "example_en_responses.jsonl").open()]
     answers = {row["prompt"]: row["response"] for row in responses}
