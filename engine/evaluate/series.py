@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from engine.evaluate.letters import parse_letter
-from engine.evaluate.metrics import Measured, ceilings, floors, overlap
+from engine.evaluate.metrics import Measured, ceilings, overlap_and_floors
 from engine.evaluate.refusals import METHOD, label_answer
 from engine.evaluate.rows import sha256
 from engine.evaluate.statistics import Combine, FloatArray, perplexity, ratio
@@ -140,9 +140,10 @@ def _overlap_of(task: str, frames: Sequence[pl.DataFrame], column: str) -> list[
         frame = frame.sort("id")
         outputs = [text.strip() for text in frame[column].to_list()]
         references = frame["reference"].to_list()
-        for name, value in floors(outputs, references).items():
+        found, floored = overlap_and_floors(outputs, references)
+        for name, value in floored.items():
             floor[name] = floor.get(name, 0.0) + value / len(frames)
-        for measured in overlap(outputs, references):
+        for measured in found:
             kept[measured.name] = measured
             values.setdefault(measured.name, []).append(measured.value)
             sums[measured.name] = sums.get(measured.name, 0.0) + measured.stats
