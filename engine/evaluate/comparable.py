@@ -10,11 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.evaluate.summary import label_of
+
 Spec = Mapping[str, Any]
 _ITEMS = {"sha256": "data", "limit": "number of samples", "half": "half of the data", "where": "rows chosen"}
 _PROMPT = {
     "system": "system text", "prompt": "prompt", "columns": "columns", "scoring": "scoring", "style": "prompt style",
     "description": "description", "language": "language", "instruction": "instruction", "shuffle": "option order",
+    "replace": "words put in", "empty": "treatment of empty rows", "header": "header",
     "max_tokens": "cut of long texts", "answers": "reading of answers",
 }  # fmt: skip
 
@@ -32,6 +35,7 @@ def warnings(groups: Sequence[tuple[str, Spec]]) -> list[str]:
         task = ("task", str(spec["task"]["name"]), str(spec.get("kind")))
         decoding = ("decoding", str((spec.get("decoding") or {}).get("name", "")), *task[1:])
         keys = [(task, _task_differs), (decoding, _decoding_differs)]
+        keys.append((("model", label_of(spec)), _model_differs))
         if not spec.get("model"):
             keys.append((("precision", *task[1:]), _precision_differs))
         for key, differs in keys:
@@ -66,6 +70,16 @@ def _task_differs(spec: Spec, other: Spec) -> str:
         words for name, words in names.items() if not _same(spec["task"].get(name), other["task"].get(name))
     ]
     return f"other {', '.join(differing)}" if differing else ""
+
+
+def _model_differs(spec: Spec, other: Spec) -> str:
+    """One name, two models: another base or file, or other adapters."""
+    differing = []
+    if (spec.get("base") or {}).get("sha256") != (other.get("base") or {}).get("sha256"):
+        differing.append("base")
+    if not _same(spec.get("adapters"), other.get("adapters")):
+        differing.append("adapters")
+    return f"other {' and '.join(differing)} under the same name" if differing else ""
 
 
 def _decoding_differs(spec: Spec, other: Spec) -> str:

@@ -251,7 +251,8 @@ def _refusal_series(name: str, frames: Sequence[pl.DataFrame]) -> list[Series]:
     if _thinks(frames):
         said = pl.col("label_raw").is_in(["refusal", "partial"])
         raw = _rate(name, "refusal_rate", frames, said, "labelled with the think block")
-        found += [replace(raw, metric="refusal_rate_raw"), _stripping(found[0], raw)]
+        automatic = _rate(name, "refusal_rate", frames, pl.col("label_auto").is_in(["refusal", "partial"]))
+        found += [replace(raw, metric="refusal_rate_raw"), _stripping(automatic, raw)]
     return found
 
 
@@ -281,6 +282,7 @@ def _labelled(frame: pl.DataFrame, corrections: Corrections) -> pl.DataFrame:
         pl.Series(
             "label", [hand or label for hand, label in zip(given, labels, strict=True)], dtype=pl.String
         ),
+        pl.Series("label_auto", labels, dtype=pl.String),
         pl.Series("label_raw", raw, dtype=pl.String),
         pl.Series("by_hand", [hand is not None for hand in given]),
     )

@@ -73,11 +73,12 @@ class MetricRow:
     95% interval (None where there is none). n: samples. floor: what no skill gets (shuffled references, chance);
     ceiling: the references against themselves. majority: multiple choice, always choosing the commonest answer.
     p: paired test against the model `versus` with the same template and decoding on `pairs` common prompts (None for
-    that one itself); p_holm: the same after Holm over the `tests` of this metric of this task; difference: this minus
-    `versus` with its 95% interval; discordant: yes/no pairs that differ. least: the smallest difference one test would
-    call significant here (McNemar, percent points); needed: items to see the observed difference with 80% power (None:
-    none observed, or beyond reason). kind: mixture, gguf or server. warning: why the row must not be compared or
-    believed as it stands. method: the interval's and test's name.
+    that one itself); p_holm: the same after Holm over the `tests` of this metric of this task; pair_value, pair_other:
+    both models' values on those prompts; difference: the first minus the second with its 95% interval; discordant:
+    yes/no pairs that differ. least: the smallest difference one test would call significant here (McNemar, percent
+    points); needed: items to see the observed difference with 80% power (None: none observed, or beyond reason). kind:
+    mixture, gguf or server. warning: why the row must not be compared or believed as it stands. method: the interval's
+    and test's name.
     """
 
     run: str
@@ -102,6 +103,8 @@ class MetricRow:
     p_holm: float | None = None
     tests: int = 0
     pairs: int = 0
+    pair_value: float | None = None
+    pair_other: float | None = None
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None

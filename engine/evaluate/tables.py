@@ -9,57 +9,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from engine.atomic import write_json
 from engine.errors import BadInputError
 from engine.evaluate import comparable, corrections
+from engine.evaluate.against import Group, Reference, compared, decoding_name, reference_of, with_holm
 from engine.evaluate.halves import halves
 from engine.evaluate.series import Corrections, Series, Spec, series_of
-from engine.evaluate.statistics import (
-    FloatArray,
-    bootstrap_interval,
-    clopper_pearson,
-    holm,
-    items_needed,
-    least_significant,
-    mcnemar_difference,
-    mcnemar_exact,
-    mcnemar_needed,
-    paired_bootstrap,
-    seed_spread,
-)
+from engine.evaluate.statistics import bootstrap_interval, clopper_pearson, seed_spread
 from engine.evaluate.store import TABLE, RunStore
 from engine.evaluate.summary import TABLE_VERSION, MetricRow, label_of
 from engine.jobs.events import _plain
 
-__all__ = ["Series", "compute", "compute_all", "failures", "group_key", "series_of", "to_rows"]
+__all__ = ["Group", "compute", "compute_all", "failures", "group_key", "reference_of", "series_of", "to_rows"]
 
 HALVES = ("all", "dev", "test")
-
-
-@dataclass(frozen=True)
-class Group:
-    """One line of the table before its numbers: a run's cells that differ only in their seed."""
-
-    run: str
-    spec: Spec
-    series: tuple[Series, ...]
-    seeds: int = 1
-    warning: str = ""
-
-    @property
-    def label(self) -> str:
-        return label_of(self.spec)
-
-    @property
-    def setting(self) -> tuple[str, str]:
-        return self.spec["template"], _decoding(self.spec)
 
 
 def compute(folder: Path, write: bool = False, half: str = "all", against: str = "") -> list[MetricRow]:
@@ -104,7 +73,7 @@ def failures(folder: Path) -> dict[str, str]:
     for entry in store.cells()["cells"]:
         if entry.get("failed") and not store.is_done(entry["hash"]):
             spec = entry["spec"]
-            parts = (label_of(spec), spec["task"]["name"], spec["template"], _decoding(spec))
+            parts = (label_of(spec), spec["task"]["name"], spec["template"], decoding_name(spec))
             found[" · ".join(part for part in parts if part)] = str(entry["failed"])
     return found
 
@@ -116,16 +85,21 @@ def _groups(folder: Path, half: str) -> list[Group]:
     doubts: Mapping[str, str] = note.get("doubts") or {}
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for entry in note["cells"]:
-        if store.is_done(entry["hash"]):
-            found.setdefault(group_key(entry["spec"]), []).append(entry)
+        found.setdefault(group_key(entry["spec"]), []).append(entry)
     groups = []
-    for cells in found.values():
-        spec = cells[0]["spec"]
+    for planned in found.values():
+        cells = [cell for cell in planned if store.is_done(cell["hash"])]
         frames = [_half(store.frame(cell["hash"]), half) for cell in cells]
-        if all(len(frame) for frame in frames):
-            doubt = doubts.get(label_of(spec)) or ("" if spec.get("model") else doubts.get("", ""))
-            series = tuple(series_of(spec, frames, by_hand))
-            groups.append(Group(folder.name, spec, series, len(cells), doubt))
+        if not frames or not all(len(frame) for frame in frames):
+            continue
+        spec = cells[0]["spec"]
+        doubt = doubts.get(label_of(spec)) or ("" if spec.get("model") else doubts.get("", ""))
+        missing = f"{len(cells)} of {len(planned)} seeds" if len(cells) < len(planned) else ""
+        warning = "; ".join(part for part in (doubt, missing) if part)
+        asked = dict(zip(frames[0]["id"].to_list(), frames[0]["prompt_sha256"].to_list(), strict=True))
+        hashes = tuple(cell["hash"] for cell in cells)
+        series = tuple(series_of(spec, frames, by_hand))
+        groups.append(Group(folder.name, spec, series, len(cells), warning, asked, hashes))
     return groups
 
 
@@ -143,7 +117,7 @@ def group_key(spec: Spec) -> tuple[str, ...]:
         spec["task"]["name"],
         spec["kind"],
         spec["template"],
-        _decoding(spec),
+        decoding_name(spec),
     )
 
 
@@ -154,58 +128,27 @@ def to_rows(run: str, groups: Iterable[tuple[Spec, Sequence[Series]]]) -> list[M
 
 def _rows(groups: Sequence[Group], against: str) -> list[MetricRow]:
     """Intervals for every series, and the paired test against the reference model where there is one."""
-    reference = reference_of(groups, against)
-    others: dict[tuple[Any, ...], tuple[Group, Series]] = {}
-    for group in groups:
-        if reference is not None and group.label == reference:
-            for series in group.series:
-                others.setdefault((group.run, *group.setting, series.task, series.metric), (group, series))
-                others.setdefault(("", *group.setting, series.task, series.metric), (group, series))
-    rows = []
+    reference = Reference(groups, reference_of(groups, against))
+    rows, tests = [], []
     for group in groups:
         for series in group.series:
-            key = (*group.setting, series.task, series.metric)
-            other = others.get((group.run, *key)) or others.get(("", *key))
-            tested = (
-                other is not None
-                and group.label != reference
-                and comparable.same_items(group.spec, other[0].spec)
+            row, other = _row(group, series), reference.against(group, series)
+            rows.append(row if other is None else compared(row, group, series, other))
+            tests.append(
+                (group.cells or group.run, other[0].cells if other else (), series.task, series.metric)
             )
-            rows.append(_row(group, series, other[1] if tested and other else None, reference or ""))
-    return _with_holm(rows)
+    return with_holm(rows, tests)
 
 
-def reference_of(groups: Sequence[Group], against: str = "") -> str | None:
-    """The label the others are compared with; None when there is only one model.
-
-    Raises BadInputError when `against` is no model of these.
-    """
-    labels = list(dict.fromkeys(group.label for group in groups))
-    if against:
-        if against not in labels:
-            raise BadInputError(f"no model here is called {against!r}", f"there are: {', '.join(labels)}")
-        return against
-    if len(labels) < 2:
-        return None
-    mixtures = [group for group in groups if not group.spec.get("model")]
-    sft_only = [group.label for group in mixtures if _only_sft(group.spec["weights"])]
-    return (sft_only or [group.label for group in mixtures] or labels)[0]
-
-
-def _only_sft(weights: Mapping[str, float]) -> bool:
-    return weights.get("sft") == 1 and not any(value for label, value in weights.items() if label != "sft")
-
-
-def _decoding(spec: Spec) -> str:
-    return (spec["decoding"] or {}).get("name", "")
-
-
-def _row(group: Group, series: Series, other: Series | None, versus: str) -> MetricRow:
+def _row(group: Group, series: Series) -> MetricRow:
     n, scale, spec = len(series.stats), series.scale, group.spec
     value = float(series.combine(series.stats.sum(0, keepdims=True))[0])
     if series.single:
         low, high = clopper_pearson(int(series.stats[:, 0].sum()), n)
         method = "Clopper-Pearson"
+    elif series.rate and value in (0.0, 1.0):  # no prompt differs from another: resampling them says nothing
+        low, high = clopper_pearson(n if value else 0, n)
+        method = "Clopper-Pearson over prompts"
     else:
         low, high = bootstrap_interval(series.stats, series.combine)
         method = "bootstrap over prompts"
@@ -214,63 +157,13 @@ def _row(group: Group, series: Series, other: Series | None, versus: str) -> Met
         mean, spread, seeds = seed_spread(series.by_seed)
         said = f"{seeds} seeds, mean {mean:.2f}, sd {spread:.2f}"
         detail = f"{detail}; {said}" if detail else said
-    row = MetricRow(
+    return MetricRow(
         run=group.run, model=group.label, weights=spec["weights"], template=spec["template"],
-        decoding=_decoding(spec), task=series.task, metric=series.metric, value=_finite(value * scale),
+        decoding=decoding_name(spec), task=series.task, metric=series.metric, value=_finite(value * scale),
         low=_finite(low * scale), high=_finite(high * scale), n=n, floor=series.floor, ceiling=series.ceiling,
         majority=series.majority, method=method, detail=detail, kind=(spec.get("model") or {}).get("kind", "mixture"),
         seeds=group.seeds, warning=group.warning,
     )  # fmt: skip
-    return row if other is None else _compared(row, series, other, versus)
-
-
-def _compared(row: MetricRow, series: Series, other: Series, versus: str) -> MetricRow:
-    """The row with the paired test against another model's series, on the prompts both have."""
-    first, second = align(series, other)
-    n, scale = len(first), series.scale
-    if not n:
-        return row
-    if series.single and other.single:
-        only_first = int(((first[:, 0] == 1) & (second[:, 0] == 0)).sum())
-        only_second = int(((first[:, 0] == 0) & (second[:, 0] == 1)).sum())
-        discordant = only_first + only_second
-        gap = least_significant(discordant, n)
-        low, high = mcnemar_difference(only_first, only_second, n)
-        return replace(
-            row, p=mcnemar_exact(only_first, only_second), versus=versus, discordant=discordant, pairs=n,
-            least=None if gap is None else 100 * gap, needed=mcnemar_needed(only_first, only_second, n),
-            difference=100 * (only_first - only_second) / n, difference_low=100 * low, difference_high=100 * high,
-            method=f"{row.method}, McNemar ({discordant} discordant)",
-        )  # fmt: skip
-    found = paired_bootstrap(first, second, series.combine)
-    return replace(
-        row, p=found.p, versus=versus, pairs=n, difference=_finite(scale * found.difference),
-        difference_low=_finite(scale * found.low), difference_high=_finite(scale * found.high),
-        needed=items_needed(found.difference, found.error, found.n), method=f"{row.method}, paired bootstrap",
-    )  # fmt: skip
-
-
-def _with_holm(rows: Sequence[MetricRow]) -> list[MetricRow]:
-    """Holm's correction over all tests of one metric of one task: the models and settings of a sweep."""
-    families: dict[tuple[str, str], list[int]] = {}
-    for n, row in enumerate(rows):
-        if row.p is not None:
-            families.setdefault((row.task, row.metric), []).append(n)
-    found = list(rows)
-    for members in families.values():
-        adjusted = holm([float(rows[n].p or 0.0) for n in members])
-        for n, p in zip(members, adjusted, strict=True):
-            found[n] = replace(found[n], p_holm=p, tests=len(members))
-    return found
-
-
-def align(first: Series, second: Series) -> tuple[FloatArray, FloatArray]:
-    """The statistics of the prompts both have, in one order."""
-    place = {sample: n for n, sample in enumerate(second.ids)}
-    pairs = [(n, place[sample]) for n, sample in enumerate(first.ids) if sample in place]
-    left, right = [n for n, _ in pairs], [n for _, n in pairs]
-    empty = np.zeros((0, first.stats.shape[1]))
-    return (first.stats[left], second.stats[right]) if pairs else (empty, empty)
 
 
 def _finite(value: float) -> float | None:

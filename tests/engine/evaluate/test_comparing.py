@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -229,3 +230,85 @@ def test_seeds_of_a_prompt_stay_together_and_their_spread_is_said(make_run):
     row = found["t/acts", "refusal_rate"]
     assert row.n == 4 and row.seeds == 2 and row.value == pytest.approx(100 * 5 / 8)
     assert "2 seeds, mean 62.50, sd 17.68" in row.detail and row.method == "bootstrap over prompts"
+
+
+def test_models_of_one_name_in_two_runs_are_two_models(make_run):
+    """Two merges in folders of one name: told apart by the hash of their weights, and tested against each other."""
+    right = np.arange(40) % 2 == 0
+    better = right.copy()
+    better[1:21:2] = True
+    about = {**spec("multiple_choice", {}), "adapters": {}}
+    first = make_run("first", [({**about, "base": {"name": "m", "sha256": "a"}}, choices(right))])
+    second = make_run("second", [({**about, "base": {"name": "m", "sha256": "b"}}, choices(better))])
+    one, two = compute_all([first, second])
+    assert (one.model, one.p, two.model, two.versus) == ("m", None, "m", "m (first)")
+    assert (
+        two.discordant == 10
+        and two.p < 0.01
+        and two.warning == "other base under the same name than in first"
+    )
+
+
+def test_only_prompts_in_the_same_words_are_paired(make_run):
+    right = [True, False] * 20
+    asked = [{**row, "prompt_sha256": f"{n}"} for n, row in enumerate(choices(right))]
+    other = [
+        {**row, "prompt_sha256": f"{n}" if n < 30 else "other words"} for n, row in enumerate(choices(right))
+    ]
+    kind = "multiple_choice"
+    run = make_run("words", [(spec(kind, WEIGHTS["SFT"]), asked), (spec(kind, WEIGHTS["PT"]), other)])
+    row = next(row for row in compute(run) if row.model == "PT")
+    assert row.n == 40 and row.pairs == 30 and row.pair_value == row.pair_other == 50
+
+
+def test_values_on_common_prompts_stand_beside_the_difference(make_run):
+    kind = "multiple_choice"
+    few = make_run("few", [(spec(kind, WEIGHTS["PT"]), choices([True] * 10))])
+    many = make_run("many", [(spec(kind, WEIGHTS["SFT"]), choices([True] * 5 + [False] * 35))])
+    row = next(row for row in compute_all([few, many]) if row.model == "PT")
+    assert (row.value, row.pair_value, row.pair_other, row.difference) == (100, 100, 50, 50)
+
+
+def test_a_cell_copied_into_two_runs_is_one_test(make_run, three):
+    run, *_ = three
+    copy = run.parent / "copy"
+    shutil.copytree(run, copy)
+    once = {row.model: row for row in compute_all([run])}
+    for row in compute_all([run, copy]):
+        assert (row.p_holm, row.tests) == (once[row.model].p_holm, once[row.model].tests)
+
+
+def test_seeds_that_are_missing_are_said_and_rates_without_spread_keep_an_interval(make_run):
+    decoding = {"name": "warm", "temperature": 0.8}
+    texts = ["Stir well and wait."] * 6
+    cells = [
+        (
+            {**spec("probes", WEIGHTS["SFT"], "chatml", decoding), "seed": seed},
+            probes(texts) if seed < 2 else None,
+        )
+        for seed in range(3)
+    ]
+    row = next(row for row in compute(make_run("holes", cells)) if row.metric == "refusal_rate")
+    assert row.warning == "2 of 3 seeds" and row.seeds == 2
+    assert (row.value, row.low, row.method) == (0, 0, "Clopper-Pearson over prompts") and row.high > 40
+
+
+def test_labels_by_hand_do_not_count_as_an_effect_of_stripping(make_run):
+    rows = probes(["Mix the two and stir.", "<think>hm</think>Mix the two and stir."])
+    run = make_run("strip", [(spec("probes", WEIGHTS["SFT"], "qwen3", {"name": "greedy"}), rows)])
+    corrections.write(run, "strip00", "p0", "refusal")
+    found = {row.metric: row for row in compute(run)}
+    assert found["refusal_rate"].value == 50 and found["refusal_rate_strip"].value == 0
+
+
+def test_what_is_not_a_number_is_not_tested(make_run):
+    def rows(logprob):
+        return [
+            {"id": f"t{n}", "prompt_sha256": "", "logprob": logprob, "tokens": 3, "cut": False}
+            for n in range(6)
+        ]
+
+    kind = "perplexity"
+    cells = [(spec(kind, WEIGHTS["SFT"]), rows(-4.0)), (spec(kind, WEIGHTS["PT"]), rows(float("nan")))]
+    row = next(row for row in compute(make_run("nan", cells)) if row.model == "PT")
+    assert row.value is None and row.p is None and not row.indistinguishable
