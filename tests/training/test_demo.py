@@ -116,6 +116,7 @@ def test_adapters_and_data_are_kept_when_whole(tmp_path: Path) -> None:
     assert set(found) == {path.stem for path in DATA.glob("*.jsonl")} | {
         "demo-pt",
         "demo-sft",
+        "demo-paper",
         "demo-sweep",
         "demo-search",
     }
