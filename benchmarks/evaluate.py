@@ -152,9 +152,10 @@ def generation_rows(args: argparse.Namespace, workspace: Path, dtype: str) -> li
     import torch
 
     from engine import templates
+    from engine.evaluate.cells import TOGETHER
     from engine.evaluate.config import Decoding
     from engine.evaluate.data import read_samples
-    from engine.evaluate.generate import TOGETHER, find_stops, generate
+    from engine.evaluate.generate import find_stops, generate
     from engine.evaluate.likelihood import length_batches
 
     live = load(workspace, dtype, {"pt": 0.5, "sft": 0.5})
