@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import typing
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import BadDataError, BadRecipeError
+
+# Keys whose text names a line or column of tables; prompts and system texts may hold line breaks.
+_NAMES = re.compile(r"(?:(?:tasks|decoding|gguf|servers)\[\d+\]\.)?name|adapters")
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+_BIDI = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,13 @@ class Checker:
         if not isinstance(value, str) or not value.strip():
             hint = "YAML reads yes and no without quotes as true and false" if isinstance(value, bool) else ""
             raise self.error(key, f"should be text, and is {kind_of(value)}", hint)
+        if _NAMES.fullmatch(key):
+            for char in value:
+                if unicodedata.category(char) in _UNPRINTABLE or char in _BIDI:
+                    raise self.error(
+                        key, f"is {value!a}, which holds the control character U+{ord(char):04X}",
+                        "a name is one line of printable text: tables, terminals and files show it",
+                    )  # fmt: skip
         return value
 
     def truth(self, value: Any, key: str) -> bool:

@@ -8,6 +8,8 @@ from engine.errors import BadInputError
 from engine.evaluate.summary import MetricRow
 from engine.evaluate.wording import Compared, comparison
 from tui.commands.common import table
+from tui.commands.report_table import cell, cleaned
+from tui.safe_text import plain
 
 
 def notes(rows: Sequence[MetricRow], shown: Sequence[str]) -> str:
@@ -39,9 +41,7 @@ def notes(rows: Sequence[MetricRow], shown: Sequence[str]) -> str:
     templates = sorted({row.template for row in rows if row.template})
     if len(templates) > 1:
         lines.append(f"Prompts differ between templates ({', '.join(templates)}): compare within one.")
-    for warning in dict.fromkeys(row.warning for row in rows if row.warning):
-        models = ", ".join(dict.fromkeys(row.model for row in rows if row.warning == warning))
-        lines.append(f"⚠  {models}: {warning}.")
+    lines += [f"⚠  {text}" for text in warning_lines(rows)]
     details = dict.fromkeys(
         f"{row.info.label}: {row.detail}"
         for row in rows
@@ -50,24 +50,36 @@ def notes(rows: Sequence[MetricRow], shown: Sequence[str]) -> str:
     return "\n".join([*lines, *details])
 
 
+def warning_lines(rows: Sequence[MetricRow]) -> list[str]:
+    """Every warning once, with the models it is about."""
+    found = []
+    for warning in dict.fromkeys(row.warning for row in rows if row.warning):
+        models = ", ".join(dict.fromkeys(row.model for row in rows if row.warning == warning))
+        found.append(f"{models}: {warning}.")
+    return found
+
+
 def sentences(rows: Sequence[MetricRow], metrics: Sequence[str] = ()) -> list[str]:
     """Every paired comparison of these metrics (all without) in a sentence."""
     found = []
     values = {_place(row, row.model): row for row in rows}
     for row in rows:
-        other = values.get(_place(row, row.versus)) or next(
-            (o for o in rows if o.model == row.versus and _place(o, "")[1:] == _place(row, "")[1:]), None
-        )
+        value, other = row.pair_value, row.pair_other  # on the prompts both were asked, as the difference is
+        if value is None or other is None:
+            beside = values.get(_place(row, row.versus)) or next(
+                (o for o in rows if o.model == row.versus and _place(o, "")[1:] == _place(row, "")[1:]), None
+            )
+            value, other = row.value, beside.value if beside else None
         wanted = not metrics or row.metric in metrics
-        if not wanted or row.p is None or row.value is None or row.difference is None or other is None:
+        if not wanted or row.p is None or value is None or other is None or row.difference is None:
             continue
         setting = " ".join(part for part in (row.template, row.decoding) if part)
         found.append(
             comparison(
                 Compared(
                     first=row.model, second=row.versus, task=row.task,
-                    metric=row.info.label + (f", {setting}" if setting else ""), value=row.value,
-                    other=float(other.value or 0), difference=row.difference, low=row.difference_low,
+                    metric=row.info.label + (f", {setting}" if setting else ""), value=value,
+                    other=other, difference=row.difference, low=row.difference_low,
                     high=row.difference_high, p=row.p, p_holm=row.p_holm if row.tests > 1 else None, n=row.pairs,
                     discordant=row.discordant, needed=row.needed, least=row.least,
                     unit="points" if row.info.percent or row.floor is not None else "",
@@ -84,6 +96,9 @@ def _place(row: MetricRow, model: str) -> tuple[str, ...]:
 
 def comparisons(rows: Sequence[MetricRow], metrics: Sequence[str]) -> str:
     """All sentences in the order of the table; metrics that were the same for every pair are named at the end."""
+    if not rows:
+        return "nothing measured yet"
+    rows = cleaned(rows)
     compared = [row for row in rows if row.p is not None and (not metrics or row.metric in metrics)]
     moved = {(row.task, row.metric) for row in compared if row.difference or row.discordant}
     found = [f"{line}." for line in sentences([r for r in rows if (r.task, r.metric) in moved], metrics)]
@@ -102,12 +117,13 @@ def pivot(rows: Sequence[MetricRow], task: str, metric: str) -> str:
 
     Raises BadInputError naming what there is.
     """
-    from tui.commands.report import cell
-
+    rows = cleaned(rows)
+    task, metric = plain(task), plain(metric)
     found = [row for row in rows if (row.task, row.metric) == (task, metric)]
     if not found:
         there = sorted({f"{row.task}:{row.metric}" for row in rows})
-        raise BadInputError(f"no {task}:{metric} here", f"there are: {', '.join(there)}")
+        hint = f"there are: {', '.join(there)}" if there else "nothing is measured yet"
+        raise BadInputError(f"no {task}:{metric} here", hint)
     settings = list(dict.fromkeys((row.template, row.decoding) for row in found))
     models = list(dict.fromkeys((row.run, row.model) for row in found))
     several = len({run for run, _ in models}) > 1
@@ -121,4 +137,6 @@ def pivot(rows: Sequence[MetricRow], task: str, metric: str) -> str:
         [*([run] if several else []), model, *(values.get((run, model, *pair), "") for pair in settings)]
         for run, model in models
     ]
-    return f"{found[0].info.label} on {task} (n = {found[0].n})\n{table(head, body)}"
+    counts = sorted({row.n for row in found})
+    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{found[0].info.label} on {task} (n = {n})\n{table(head, body)}"

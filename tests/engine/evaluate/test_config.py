@@ -212,6 +212,15 @@ def test_a_key_in_a_config_is_refused_and_not_repeated(change, raw, tmp_path):
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="{}"), max_size=8)
 names = words.filter(str.strip)
+_unseen = {"exclude_categories": ("Cc", "Cs", "Zl", "Zp"), "exclude_characters": "{}\u200e\u200f\u061c"}
+labels = (
+    st.text(  # what is printed as a name: one line; direction marks (2066 to 2069, 202A to 202E) are out too
+        st.characters(**_unseen).filter(
+            lambda c: not ("\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069")
+        ),
+        max_size=8,
+    ).filter(str.strip)
+)
 numbers = st.floats(-2, 2, allow_nan=False)
 
 
@@ -236,7 +245,7 @@ def configs(draw, folder: Path) -> EvalConfig:
             "columns": draw(st.dictionaries(st.just("reference"), names)),
         }
     task = Task(
-        draw(names), kind, folder / "qa.jsonl", draw(st.none() | st.integers(1, 9)),
+        draw(labels), kind, folder / "qa.jsonl", draw(st.none() | st.integers(1, 9)),
         half=draw(st.sampled_from(HALVES)), system=draw(st.just("") | names), prompt=draw(st.just("") | names),
         where=draw(st.dictionaries(names, st.none() | st.booleans() | words | st.lists(words, min_size=1), max_size=2)),
         replace=draw(st.dictionaries(names, st.dictionaries(words, names, min_size=1, max_size=2), max_size=2)),
@@ -245,10 +254,10 @@ def configs(draw, folder: Path) -> EvalConfig:
     with_base = draw(st.booleans())
     mixture = st.fixed_dictionaries({"pt": numbers, "sft": numbers})
     drawing = st.builds(
-        Decoding, names, st.floats(0, 100), st.floats(0.01, 1), st.integers(0, 99), st.integers(1, 99)
+        Decoding, labels, st.floats(0, 100), st.floats(0.01, 1), st.integers(0, 99), st.integers(1, 99)
     )
     server = st.builds(
-        Server, names, st.sampled_from(["http://h/v1", "https://[::1]:80"]), words.map(str.strip), st.just("chat"),
+        Server, labels, st.sampled_from(["http://h/v1", "https://[::1]:80"]), words.map(str.strip), st.just("chat"),
         st.just("") | st.just("K_1"), st.integers(1, 9), st.floats(0.1, 99), st.integers(0, 9),
     )  # fmt: skip
     mixtures = st.lists(mixture, min_size=1, max_size=3, unique_by=lambda m: (m["pt"], m["sft"]))
