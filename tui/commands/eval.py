@@ -22,6 +22,7 @@ from tui.commands.common import (
     workspace_of,
 )
 from tui.commands.report import human_table
+from tui.safe_text import plain
 
 
 def add_parser(commands: Commands) -> None:
@@ -111,9 +112,9 @@ def render(result: dict[str, Any]) -> str:
     rows = [MetricRow.from_dict(row) for row in result["rows"]]
     reused = f", {result['reused']} of them from other runs" if result["reused"] else ""
     print(
-        f"{result['cells']} cells{reused}, {result['seconds']:.0f} s · rows in {result['run']}",
+        plain(f"{result['cells']} cells{reused}, {result['seconds']:.0f} s · rows in {result['run']}"),
         file=sys.stderr,
     )
     for cell, reason in (result.get("failed") or {}).items():
-        print(f"not measured: {cell}: {reason} (--resume tries again)", file=sys.stderr)
+        print(plain(f"not measured: {cell}: {reason} (--resume tries again)"), file=sys.stderr)
     return human_table(rows)

@@ -14,6 +14,7 @@ import yaml
 
 from engine.evaluate.summary import MetricRow
 from tui.cli import main
+from tui.commands.eval import render
 from tui.commands.report import cell, human_table, latex, markdown
 from tui.commands.report_words import comparisons
 
@@ -116,7 +117,7 @@ def test_eval_sweep_and_report(sweep_files, capsys):
     there = ["report", "sweep", "--workspace", str(workspace)]
     assert main([*there, "--words", "--all"]) == 0
     said = capsys.readouterr().out
-    assert "PT against SFT on text (ppl)" in said and "paired bootstrap" in said
+    assert "PT against SFT on text (ppl)" in said and "paired randomisation" in said
     assert main([*there, "--pivot", "text:perplexity", "--against", "PT"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ["SFT", "PT30", "PT"]
     assert main([*there, "--choose", "text:perplexity", "--json"]) in (
@@ -356,3 +357,15 @@ def test_names_in_configs_are_printable(part, sweep_files, capsys):
     err = capsys.readouterr().err
     assert "holds the control character U+" in err and part in err and not unseen(err)
     assert "system" not in err
+
+
+def test_reasons_of_failed_cells_are_cleaned_after_a_run(capsys):
+    result = {
+        "rows": [metric_row(task=NASTY).to_dict()],
+        "reused": 0,
+        "cells": 1,
+        "seconds": 1.0,
+        "run": "r\x1b[2J",
+    }
+    out = render({**result, "failed": {f"a · {NASTY}": "no\x9b2J"}})
+    assert not unseen(out + capsys.readouterr().err)
