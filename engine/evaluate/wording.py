@@ -13,6 +13,7 @@ from dataclasses import dataclass
 ALPHA = 0.05
 NOTHING = 1e-9  # a difference under this is a float's
 POWER_WORDS = "with 80% power"
+ALONE = " for one test alone"
 _MOST_DIGITS = 6
 
 
@@ -22,10 +23,11 @@ class Compared:
 
     value, other, difference (value - other), low, high (its 95% interval, None where there is none), least: on the
     scale they are shown in (percents 0 to 100, perplexity as it is). p: of the paired test, None when nothing was
-    tested; p_holm: adjusted for the comparisons made with it (None: not adjusted). discordant: items that only
-    one of the two got, which also says that the test is exact McNemar (None: paired bootstrap). needed: items
-    for 80% power at the observed difference (None: none would do, or beyond what is given). least: the smallest
-    difference the test would have called significant. unit: the word after a difference ("points", "nats", "").
+    tested; p_holm: adjusted for the other comparisons made with it (None: there were none). discordant: items that
+    only one of the two got, which also says that the test is exact McNemar (None: paired randomisation). needed:
+    items for 80% power at the observed difference (None: none would do, or beyond what is given). least: the
+    smallest difference the test would have called significant. Both are of this test alone, without Holm.
+    unit: the word after a difference ("points", "nats", "").
     """
 
     first: str
@@ -73,7 +75,7 @@ def _interval(row: Compared) -> str:
 
 
 def _test(row: Compared) -> str:
-    words = "paired bootstrap" if row.discordant is None else "exact McNemar"
+    words = "paired randomisation" if row.discordant is None else "exact McNemar"
     words += f" {probability(row.p or 0.0)}"
     if row.p_holm is not None:
         words += f", Holm {probability(row.p_holm).removeprefix('p ').removeprefix('= ')}"
@@ -85,7 +87,7 @@ def _least(row: Compared, unit: str) -> str:
         return ""
     step = 10**row.digits
     least = math.ceil(row.least * step - 1e-9) / step  # never less than would do
-    return f"; {number(least, row.digits)}{unit} would have been enough"
+    return f"; {number(least, row.digits)}{unit} would have been enough{_alone(row)}"
 
 
 def _needed(row: Compared) -> str:
@@ -93,7 +95,12 @@ def _needed(row: Compared) -> str:
         return "; more than 10 million items would be needed to see it" if row.n > 1 else ""
     if row.needed <= row.n:
         return ""
-    return f"; about {rounded_up(row.needed):,} items would be needed to see it {POWER_WORDS}"
+    return f"; about {rounded_up(row.needed):,} items would be needed to see it {POWER_WORDS}{_alone(row)}"
+
+
+def _alone(row: Compared) -> str:
+    """Beside other comparisons Holm asks for more than the sizes given, which are of a single test."""
+    return "" if row.p_holm is None else ALONE
 
 
 def probability(p: float, alpha: float = ALPHA) -> str:

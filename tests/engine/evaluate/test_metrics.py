@@ -28,7 +28,7 @@ from engine.evaluate.metrics import (
     overlap_and_floors,
 )
 from engine.evaluate.overlap.grams import Subsequences
-from engine.evaluate.statistics import resample_counts
+from engine.evaluate.resampling import resampled_sums
 from engine.evaluate.think import split_think
 
 REFERENCES = [
@@ -113,7 +113,7 @@ def test_corpus_bleu_and_chrf_are_sacrebleus(pairs, tokenizer):
         assert found[name].value == pytest.approx(scorer.corpus_score(outputs, [references]).score)
         assert str(scorer.get_signature()) in found[name].detail
         # a resample is the corpus with items drawn again: the same number as scoring that corpus
-        for row in resample_counts(len(pairs), 5):
+        for row in resampled_sums(np.eye(len(pairs)), 5):
             drawn = [i for i, times in enumerate(row) for _ in range(int(times))]
             expected = scorer.corpus_score(
                 [outputs[i] for i in drawn], [[references[i] for i in drawn]]

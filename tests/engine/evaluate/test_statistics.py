@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize_scalar
-from scipy.stats import binom, bootstrap
+from scipy.stats import binom, bootstrap, permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from engine.evaluate import resampling
+from engine.evaluate.resampling import exchanged_sums, resampled_sums
 from engine.evaluate.statistics import (
     MOST_ITEMS,
     bootstrap_interval,
@@ -30,7 +33,6 @@ from engine.evaluate.statistics import (
     perplexity,
     power_gap,
     ratio,
-    resample_counts,
     seed_spread,
 )
 
@@ -107,9 +109,139 @@ def test_paired_bootstrap_sees_a_small_steady_gap_that_intervals_hide():
         paired_bootstrap(first, second[:-1], ratio)
 
 
-def test_resample_counts_draw_n_of_n():
-    counts = resample_counts(7, 50)
+def column(values):
+    return np.stack([values, np.ones(len(values))], 1)
+
+
+def randomised(first, second, combine, resamples, seed=1):
+    """scipy's p of combine(sums of first) - combine(sums of second)."""
+    n, both = len(first), np.concatenate([first, second])
+
+    def difference(mine, theirs, axis):
+        sums = [both[np.moveaxis(places, axis, -1)].sum(-2) for places in (mine, theirs)]
+        values = [combine(s.reshape(-1, both.shape[1])).reshape(s.shape[:-1]) for s in sums]
+        return values[0] - values[1]
+
+    places = (np.arange(n), np.arange(n) + n)
+    return permutation_test(
+        places, difference, permutation_type="samples", vectorized=True, axis=0, n_resamples=resamples,
+        rng=np.random.default_rng(seed),
+    ).pvalue  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 11])
+@pytest.mark.parametrize("gap", [0.0, 0.4])
+def test_p_of_few_items_is_that_of_all_exchanges(n, gap):
+    generator = np.random.default_rng([20, n])
+    counts = generator.integers(5, 40, n)
+    first, second = (np.stack([-counts * generator.gamma(9, 0.2 + g, n), counts], 1) for g in (gap, 0.0))
+    for combine in (ratio, perplexity):
+        found = paired_bootstrap(first, second, combine)
+        assert found.p == pytest.approx(randomised(first, second, combine, 10**6), abs=1e-9)
+
+
+def test_p_of_many_items_is_scipys_within_the_error_of_sampling():
+    generator = np.random.default_rng(21)
+    for n, gap in ((12, 0.5), (40, 0.2), (40, 0.4), (100, 0.0)):
+        level = generator.normal(3, 2, n)
+        first, second = (column(level + g + generator.normal(0, 1, n)) for g in (gap, 0.0))
+        expected = randomised(first, second, ratio, 8000)
+        error = math.sqrt(expected * (1 - expected) * (1 / 2000 + 1 / 8000))
+        assert paired_bootstrap(first, second, ratio).p == pytest.approx(expected, abs=4 * error + 1e-3)
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, 12, 24])
+def test_p_is_seldom_small_where_there_is_nothing(n):
+    generator = np.random.default_rng([22, n])
+    seen = 0
+    for _ in range(700):
+        first, second = (column(generator.gamma(2.0, 10.0, n)) for _ in range(2))
+        seen += paired_bootstrap(first, second, ratio, resamples=400).p < 0.05
+    assert seen / 700 <= (0 if n <= 5 else 0.07)  # 2 / 2^5 is .0625: five items cannot show anything
+    assert n < 8 or seen / 700 >= 0.02
+
+
+def test_p_sees_what_is_there():
+    generator = np.random.default_rng(23)
+    for n, gap, power in ((12, 1.0, 0.88), (24, 0.6, 0.80)):  # of the paired t test, at this gap in sd
+        seen = [
+            paired_bootstrap(column(generator.normal(gap, 1, n)), column(np.zeros(n)), ratio, 400).p < 0.05
+            for _ in range(300)
+        ]
+        assert np.mean(seen) == pytest.approx(power, abs=0.07)
+    ones = np.ones(6)
+    assert paired_bootstrap(column(ones), column(0 * ones), ratio).p == 2 / 64
+    assert paired_bootstrap(column(ones[:1]), column(0 * ones[:1]), ratio).p == 1
+
+
+def test_equal_differences_are_ties_whatever_the_order_of_the_sum():
+    """Ten differences of one size: 2 (1 + 10) of the 1,024 exchanges are as large as nine against one."""
+    change = np.array([0.1] * 9 + [-0.1])
+    level = np.random.default_rng(24).normal(1e6, 1e5, 10)
+    assert paired_bootstrap(column(level + change), column(level), ratio).p == 22 / 1024
+
+
+def test_what_has_no_value_is_not_tested():
+    some = column(np.arange(5.0))
+    for gone in (math.nan, math.inf):
+        broken = some.copy()
+        broken[2, 0] = gone
+        found = paired_bootstrap(broken, some, ratio)
+        assert math.isnan(found.p) and math.isnan(found.low) and not math.isfinite(found.difference)
+    assert math.isnan(paired_bootstrap(0 * some, some, ratio).p)  # 0 / 0
+    assert math.isnan(paired_bootstrap(some[:0], some[:0], ratio).p)
+
+
+def test_exchanges_without_a_value_are_left_out():
+    """Only one item of either side has a count: the exchanges of that item alone say nothing."""
+    first = np.array([[3.0, 1.0], [0.0, 0.0]])
+    second = np.array([[0.0, 0.0], [1.0, 1.0]])
+    found = paired_bootstrap(first, second, ratio)
+    assert found.difference == 2 and found.p == 1  # +2 and -2 are all there is
+    long = [np.concatenate([stats, np.zeros((12, 2))]) for stats in (first, second)]
+    assert paired_bootstrap(*long, ratio).p == 1
+
+
+def test_resamples_draw_n_of_n_alike_for_everything_side_by_side():
+    counts = resampled_sums(np.eye(7), 50)
     assert counts.shape == (50, 7) and (counts.sum(1) == 7).all() and (counts != 1).any()
+    both = resampled_sums(np.hstack([np.eye(7), 2 * np.eye(7)]), 50)
+    assert (both[:, :7] == counts).all() and (both[:, 7:] == 2 * counts).all()
+    many = resampled_sums(np.eye(7), 20_000)
+    assert many.mean(0) == pytest.approx(np.ones(7), abs=0.03)
+    assert many.var(0) == pytest.approx(np.full(7, 6 / 7), abs=0.05)  # n of n: binomial(7, 1/7)
+
+
+@pytest.mark.parametrize("n", [3, 7, 12, 33, 64])
+def test_exchanges_are_fair_coins_and_nothing_is_lost(n):
+    mine, theirs, everything = exchanged_sums(np.eye(n), np.zeros((n, n)), 20_000)
+    assert everything == (n <= 11) and len(mine) == (2**n if everything else 20_000)
+    assert (mine + theirs == 1).all() and set(np.unique(mine)) == {0.0, 1.0}
+    assert mine.mean(0) == pytest.approx(np.full(n, 0.5), abs=0.02)
+    apart = np.corrcoef(mine.T) - np.eye(n)
+    assert np.abs(apart).max() < 0.04
+    assert not everything or len(np.unique(mine, axis=0)) == 2**n
+
+
+def test_resampling_in_pieces_changes_nothing(monkeypatch):
+    stats = np.arange(26.0).reshape(13, 2)
+    whole = resampled_sums(stats, 501), *exchanged_sums(stats, stats[::-1], 501)[:2]
+    for piece in (1, 40, 13 * 500):
+        monkeypatch.setattr(resampling, "PIECE", piece)
+        pieces = resampled_sums(stats, 501), *exchanged_sums(stats, stats[::-1], 501)[:2]
+        assert all((a == b).all() for a, b in zip(whole, pieces, strict=True))
+
+
+def test_resampling_many_items_needs_little_memory():
+    stats = column(np.random.default_rng(25).gamma(2.0, size=20_000))
+    tracemalloc.start()
+    try:
+        bootstrap_interval(stats, ratio, resamples=300)
+        paired_bootstrap(stats, stats[::-1], ratio, resamples=300)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 45e6  # a matrix of 300 by 20,000 is 48 MB
 
 
 @settings(max_examples=30)
@@ -298,6 +430,8 @@ def test_items_needed_of_nothing():
     assert bootstrap_needed(same, same, ratio) is None
     assert bootstrap_needed(same[:1], same[:1] + 1, ratio) is None  # one item says nothing about its error
     assert items_needed(1e-9, 1.0, 100) is None
+    assert items_needed(1.0, 0.0, 5) == 6  # always the same difference: 2 / 2^6 is the first p under .05
+    assert items_needed(5.0, 1.0, 4) == 6 and items_needed(5.0, 1.0, 4, alpha=0.01) == 8
     assert items_needed(math.nan, 1.0, 100) is None
 
 

@@ -25,11 +25,17 @@ def test_not_distinguishable():
     assert say() == (
         "PT30 SFT70 against SFT on medqa (accuracy): 68.1 against 66.4, difference +1.7 points [-0.6, +4.0], "
         "not distinguishable at n = 1,273 (exact McNemar p = .12, Holm .36; 180 discordant); "
-        "2.5 points would have been enough; about 4,900 items would be needed to see it with 80% power"
+        "2.5 points would have been enough for one test alone; "
+        "about 4,900 items would be needed to see it with 80% power for one test alone"
     )
     assert "enough" not in say(least=None)
     assert "; 2.6 points would have been enough" in say(least=2.51)  # 2.5 would not have been
-    assert say(needed=None).endswith("enough; more than 10 million items would be needed to see it")
+    assert say(p_holm=None).endswith(
+        "; 2.5 points would have been enough; about 4,900 items would be needed to see it with 80% power"
+    )
+    assert say(needed=None).endswith(
+        "enough for one test alone; more than 10 million items would be needed to see it"
+    )
 
 
 def test_distinguishable():
@@ -56,7 +62,7 @@ def test_no_difference_at_all():
     found = say(value=66.4, difference=0.0, low=-2.0, high=2.0, p=1.0, p_holm=1.0, needed=None)
     assert found.endswith(
         "difference 0.0 points [-2.0, +2.0], not distinguishable at n = 1,273 (exact McNemar p = 1, Holm 1; "
-        "180 discordant); no difference at all was observed; 2.5 points would have been enough"
+        "180 discordant); no difference at all was observed; 2.5 points would have been enough for one test alone"
     )
     none = say(difference=0.0, discordant=0, p=1.0, p_holm=None, least=None, needed=None)
     assert none.endswith("(exact McNemar p = 1; 0 discordant); no difference at all was observed")
@@ -69,7 +75,7 @@ def test_other_metrics_and_nothing_to_test():
     )  # fmt: skip
     assert found == (
         "PT30 SFT70 against SFT on medqa (perplexity): 9.68 against 9.50, difference +0.18 [-0.004, +0.37], "
-        "not distinguishable at n = 100 (paired bootstrap p = .06); "
+        "not distinguishable at n = 100 (paired randomisation p = .06); "
         "about 150 items would be needed to see it with 80% power"
     )
     untested = say(p=None, p_holm=None, low=math.nan, high=math.nan, n=1, discordant=None)
