@@ -18,7 +18,7 @@ def notes(rows: Sequence[MetricRow], shown: Sequence[str]) -> str:
     versus = " / ".join(sorted({row.versus for row in rows if row.versus}))
     if any(row.indistinguishable for row in rows):
         lines.append(
-            f"≈  not distinguishable from {versus} by the paired test (McNemar or paired bootstrap, p >= .05 after "
+            f"≈  not distinguishable from {versus} by the paired test (McNemar or paired randomisation, p >= .05 after "
             "Holm over the models and settings of a metric)."
         )
     if any(row.floor is not None and row.majority is None for row in rows):

@@ -117,7 +117,7 @@ def test_eval_sweep_and_report(sweep_files, capsys):
     there = ["report", "sweep", "--workspace", str(workspace)]
     assert main([*there, "--words", "--all"]) == 0
     said = capsys.readouterr().out
-    assert "PT against SFT on text (ppl)" in said and "paired randomisation" in said
+    assert "PT against SFT on text (ppl)" in said and "(paired " in said
     assert main([*there, "--pivot", "text:perplexity", "--against", "PT"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ["SFT", "PT30", "PT"]
     assert main([*there, "--choose", "text:perplexity", "--json"]) in (
