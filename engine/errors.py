@@ -40,6 +40,10 @@ class BadModelError(BadInputError):
     title = "Not a usable model"
 
 
+class NotFiniteError(BadModelError):
+    """A model whose logits are not numbers (NaN or infinite): nothing it says may be counted."""
+
+
 class BadAdapterError(BadInputError):
     """Not a LoRA adapter, one of a kind that cannot be merged exactly, or one that does not fit the base."""
 

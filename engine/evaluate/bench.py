@@ -15,6 +15,7 @@ from engine.evaluate.config import EvalConfig, GgufFile, Server
 from engine.evaluate.data import Sample
 from engine.evaluate.rows import Row
 from engine.weights import Adapter, Checkpoint
+from engine.weights.checkpoint import COMPANIONS, INDEX
 
 
 class Work(Protocol):
@@ -91,15 +92,31 @@ Stamps = dict[Path, tuple[int, int, int]]
 
 
 def stamps_of(config: EvalConfig) -> Stamps:
-    """Size, time and inode of every weight file a run reads: what changes when one is replaced or written to."""
-    folders = [*config.adapters.values(), *([config.base] if config.base else [])]
-    files = [path for folder in folders for path in folder.iterdir() if path.is_file()] if folders else []
+    """Size, time and inode of every file a cell's hash covers: what changes when one is replaced or written to.
+
+    A README beside the weights is none of them; nor is a base that no mixture is made on.
+    """
+    folders = [*config.adapters.values(), *([config.base] if config.base else [])] if config.weights else []
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if _matters(path)]
     return {path: _stamp(path) for path in [*files, *(file.path for file in config.gguf)]}
 
 
-def changed_since(stamps: Stamps) -> Path | None:
-    """The first file that is not what it was, or None."""
-    return next((path for path, stamp in stamps.items() if _stamp(path) != stamp), None)
+def changed_since(stamps: Stamps, cell: Cell) -> Path | None:
+    """The first file this cell is measured with that is not what it was, or None. A server's cell has no file."""
+    if isinstance(cell.model, Server):
+        return None
+    if isinstance(cell.model, GgufFile):
+        read = [cell.model.path]
+    else:
+        read = [path for path in stamps if path.suffix != ".gguf"]
+    return next((path for path in read if path in stamps and _stamp(path) != stamps[path]), None)
+
+
+def _matters(path: Path) -> bool:
+    """Weights, and what decides shapes and texts, as in `cells.base_sha256` and an adapter's hash."""
+    named = path.name in (INDEX, "adapter_config.json") or path.name in COMPANIONS
+    weights = path.suffix == ".safetensors"
+    return path.is_file() and (weights or (named and path.suffix in (".json", ".jinja", ".model")))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -2,9 +2,9 @@
 
 A model is a mixture of the base and its adapters, a GGUF file, or one behind a server.
 
-A cell's hash covers everything its rows depend on (file hashes, weights, dtypes, device, template, decoding,
-seed, library versions), so that equal hash means equal rows, and a finished cell can be taken from another run.
-What does not matter to a kind is left out: multiple choice and perplexity know no template and no decoding,
+A cell's hash covers everything its rows depend on (file hashes, weights, dtypes, device, template and its text,
+decoding, seed, library versions), so that equal hash means equal rows, and a finished cell can be taken from
+another run. What does not matter to a kind is left out: multiple choice and perplexity know no template and no decoding,
 greedy decoding no seed. What a server runs cannot be hashed: its cells hold its name, address and model, and are
 never taken from another run.
 """
@@ -20,12 +20,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from engine import templates
+from engine.errors import BadRecipeError
 from engine.evaluate.config import Decoding, EvalConfig, GgufFile, Server, Task
 from engine.evaluate.summary import label_of
 from engine.weights import Adapter, Checkpoint
 from engine.weights.tensorfile import file_sha256
 
-FORMAT = "medmerge.eval/1"  # raised when prompts or scoring change: old cells are then computed anew
+FORMAT = "medmerge.eval/2"  # raised when prompts or scoring change: old cells are then computed anew
+READABLE = ("medmerge.eval/1", FORMAT)  # of runs whose rows can still be read
 GREEDY_FIELDS = ("name", "temperature", "max_new_tokens")
 TEXT_KINDS = ("generation", "probes", "instructions", "generated_choice")  # a model writes an answer
 TOGETHER = 4  # batches of texts that are generated as one: freed places are taken by the next prompts
@@ -126,7 +129,10 @@ def plan_cells(config: EvalConfig, identity: Identity) -> list[Cell]:
     """All cells, model by model (writing a mixture, loading a file is done once), in the order of the config.
 
     A server gives texts only: what needs the likelihood of tokens is left out for it.
+
+    Raises BadRecipeError when two models would have one label: a table would add up the rows of both.
     """
+    _check_labels([about for _, _, about in _models(config, identity)])
     data = {task.data: file_sha256(task.data) for task in config.tasks}
     cells: list[Cell] = []
     for weights, model, about in _models(config, identity):
@@ -149,10 +155,46 @@ def plan_cells(config: EvalConfig, identity: Identity) -> list[Cell]:
                     "decoding": _decoding_spec(decoding),
                     "seed": seed,
                 }
+                if text := _template_sha256(template, model, config):
+                    spec["template_sha256"] = text
                 if model is None and kind in TEXT_KINDS:
                     spec["together"] = TOGETHER
                 cells.append(Cell(kind, task, weights, template, decoding, seed, spec, model))
     return cells
+
+
+def _check_labels(models: Sequence[Mapping[str, Any]]) -> None:
+    found: dict[str, Mapping[str, Any]] = {}
+    for about in models:
+        label = label_of(about)
+        if label in found:
+            first, second = _in_words(found[label]), _in_words(about)
+            raise BadRecipeError(
+                f"{first} and {second} would both be called {label!r} in tables",
+                "give a file or server another `name`"
+                if about.get("model")
+                else "label adapters by more than the case of letters, and give weights at most six digits",
+            )
+        found[label] = about
+
+
+def _in_words(about: Mapping[str, Any]) -> str:
+    model = about.get("model")
+    if model:
+        return f"{model['kind']} {about['base']['name']}"
+    mixture = {label: weight for label, weight in about["weights"].items() if weight}
+    return f"the mixture {mixture}" if mixture else f"the base {about['base']['name']}"
+
+
+def _template_sha256(template: str, model: GgufFile | Server | None, config: EvalConfig) -> str:
+    """Hash of the template's text where no other hash in the spec covers it: a model's own is in its files."""
+    if template in ("", SERVER_TEMPLATE):
+        return ""
+    if template != "model":
+        return str(templates.describe(templates.load(template))["sha256"])
+    if isinstance(model, Server) and config.base is not None:
+        return str(templates.describe(templates.load(template, config.base))["sha256"])
+    return ""
 
 
 def _models(

@@ -72,7 +72,7 @@ def paper_decoding(max_new_tokens: int = 256) -> tuple[Decoding, ...]:
 class GgufFile:
     """A GGUF file, run through llama.cpp.
 
-    name: its label in tables (default: the file's name without .gguf).
+    name: its label in tables (default: the file's name without .gguf; with it where the base is called the same).
     path: the file.
     """
 
@@ -112,7 +112,8 @@ class EvalConfig:
     base: the model folder that mixtures are made on. May be left out where only gguf files or servers are measured.
     adapters: label to adapter folder.
     weights: the mixtures: a list of {label: weight}, of the words `base` or a label (that adapter alone at 1), or
-        {grid: ...} and {line: ...}. A label that is not named has weight 0.
+        {grid: ...} and {line: ...}. A label that is not named has weight 0. [] beside gguf files or servers: the
+        base is there for its template alone.
     tasks: what is measured: tasks written out, task files or presets by name, or {use: FILE_OR_PRESET, ...} with
         fields changed.
     templates: chat templates, by name; `model` is the base's own.
@@ -180,16 +181,18 @@ def parse_config(
 ) -> EvalConfig:
     """A checked config from plain values; `where` begins every error, `roots` resolve relative paths.
 
-    With mode "eval" there must be one model: one mixture, one GGUF file or one server.
+    With mode "eval" there must be one model: one mixture, one GGUF file or one server (with a base beside it for its
+    template).
     """
     check = Checker(where, roots)
     raw = check.mapping(raw, "", EvalConfig.__dataclass_fields__, needed=("tasks",))
-    gguf = tuple(_gguf(item, f"gguf[{n}]", check) for n, item in enumerate(_some(raw, "gguf", check)))
+    taken = check.path(raw["base"], "base").name if raw.get("base") is not None else ""
+    gguf = tuple(_gguf(item, f"gguf[{n}]", check, taken) for n, item in enumerate(_some(raw, "gguf", check)))
     servers = tuple(
         _server(item, f"servers[{n}]", check) for n, item in enumerate(_some(raw, "servers", check))
     )
     check.unique([file.name for file in gguf] + [server.name for server in servers], "gguf and servers")
-    base, adapters, weights = _mixtures(raw, bool(gguf or servers), check)
+    base, adapters, weights = _mixtures(raw, bool(gguf or servers), check, mode)
     models = len(weights) + len(gguf) + len(servers)
     if mode == "eval" and models != 1:
         what = (
@@ -241,9 +244,13 @@ def _some(raw: Mapping[str, Any], key: str, check: Checker) -> list[Any]:
 
 
 def _mixtures(
-    raw: Mapping[str, Any], others: bool, check: Checker
+    raw: Mapping[str, Any], others: bool, check: Checker, mode: str
 ) -> tuple[Path | None, dict[str, Path], tuple[dict[str, float], ...]]:
-    """Base, adapters and weights; without a base there are neither."""
+    """Base, adapters and weights; without a base there are neither.
+
+    Where files or servers are measured, a base may be there for its template alone: `weights: []`, or an evaluation
+    that names no mixture.
+    """
     if raw.get("base") is None:
         if not others:
             raise check.error("base", "is missing")
@@ -257,7 +264,10 @@ def _mixtures(
     adapters = {
         check.text(label, "adapters"): check.path(path, f"adapters.{label}") for label, path in listed.items()
     }
-    return check.path(raw["base"], "base"), adapters, parse_weights(raw.get("weights"), adapters, check)
+    given = raw.get("weights")
+    if others and (given == [] or (given is None and not adapters and mode == "eval")):
+        return check.path(raw["base"], "base"), adapters, ()
+    return check.path(raw["base"], "base"), adapters, parse_weights(given, adapters, check)
 
 
 def _templates(names: list[Any], check: Checker) -> tuple[str, ...]:
@@ -294,12 +304,14 @@ def _decoding_list(raw: Mapping[str, Any], check: Checker) -> tuple[Decoding, ..
     return tuple(found)
 
 
-def _gguf(raw: Any, key: str, check: Checker) -> GgufFile:
+def _gguf(raw: Any, key: str, check: Checker, taken: str) -> GgufFile:
+    """taken: the base's name, which is its label: a quantisation of it is often called the same."""
     given = check.mapping({"path": raw} if isinstance(raw, str) else raw, key, ("name", "path"), ("path",))
     path = check.path(given["path"], f"{key}.path")
     if not path.is_file():
         raise check.error(f"{key}.path", f"is {given['path']}, which is not a file")
-    return GgufFile(check.text(given.get("name", path.stem), f"{key}.name"), path)
+    default = path.name if path.stem == taken else path.stem
+    return GgufFile(check.text(given.get("name", default), f"{key}.name"), path)
 
 
 def _server(raw: Any, key: str, check: Checker) -> Server:

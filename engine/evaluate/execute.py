@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine import templates
-from engine.errors import BadDataError
+from engine.errors import BadDataError, NotFiniteError
 from engine.evaluate import choice
 from engine.evaluate.cells import TEXT_KINDS, TOGETHER, Cell
 from engine.evaluate.config import Decoding
@@ -18,7 +18,16 @@ from engine.evaluate.generate import find_stops, generate
 from engine.evaluate.likelihood import continuation_logprobs, length_batches
 from engine.evaluate.live import LiveModel
 from engine.evaluate.prompts import prompt_of
-from engine.evaluate.rows import Row, answer_row, choice_row, finished, reference_row, text_row
+from engine.evaluate.rows import (
+    Row,
+    all_finite,
+    answer_row,
+    choice_row,
+    finished,
+    not_finite,
+    reference_row,
+    text_row,
+)
 
 
 class CellWork:
@@ -78,16 +87,19 @@ class CellWork:
 
     def _generate(self, batch: Sequence[int]) -> list[Row]:
         decoding = self.cell.decoding or Decoding("greedy")
-        answers = generate(
-            self.live.model,
-            self.live.tokenizer,
-            [self._ids[i] for i in batch],
-            [self.samples[i].id for i in batch],
-            decoding,
-            self.cell.seed or 0,
-            self._stops,
-            slots=int(self.cell.spec["batch_size"]),
-        )
+        try:
+            answers = generate(
+                self.live.model,
+                self.live.tokenizer,
+                [self._ids[i] for i in batch],
+                [self.samples[i].id for i in batch],
+                decoding,
+                self.cell.seed or 0,
+                self._stops,
+                slots=int(self.cell.spec["batch_size"]),
+            )
+        except NotFiniteError as error:
+            raise not_finite(self.cell, error.message) from error
         return [
             answer_row(
                 self.cell, self.samples[i], self.prompts[i], answer.raw, answer.finish, answer.prompt_tokens,
@@ -107,7 +119,10 @@ class CellWork:
 
     def _references(self, batch: Sequence[int]) -> list[Row]:
         scored = continuation_logprobs(self.live.model, [self._pairs[i] for i in batch])
-        return [reference_row(self.samples[i], found) for i, found in zip(batch, scored, strict=True)]
+        return [
+            reference_row(self.samples[i], all_finite(self.cell, self.samples[i], found))
+            for i, found in zip(batch, scored, strict=True)
+        ]
 
     # multiple choice
 
@@ -131,7 +146,10 @@ class CellWork:
 
     def _choose(self, batch: Sequence[int]) -> list[Row]:
         scores = choice.score_choices(self.live.model, [self._options[i] for i in batch])
-        return [choice_row(self.cell, self.samples[i], found) for i, found in zip(batch, scores, strict=True)]
+        return [
+            choice_row(self.cell, self.samples[i], all_finite(self.cell, self.samples[i], found))
+            for i, found in zip(batch, scores, strict=True)
+        ]
 
     # perplexity of held-out text: each passage alone
 
@@ -159,6 +177,6 @@ class CellWork:
         scored = continuation_logprobs(self.live.model, [pair for pair in pairs if pair[1]])
         left = iter(scored)
         return [
-            text_row(next(left) if pair[1] else [], self._cut[i])
+            text_row(all_finite(self.cell, self.samples[i], next(left) if pair[1] else []), self._cut[i])
             for i, pair in zip(batch, pairs, strict=True)
         ]

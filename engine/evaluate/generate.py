@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from engine.errors import BadDataError
+from engine.errors import BadDataError, NotFiniteError
 from engine.evaluate.config import Decoding
 
 _REFILL = 0.25  # share of the slots that must be free before new prompts are read
@@ -76,7 +76,8 @@ def generate(
     places, so that a short answer does not wait for a long one. What is beside what depends on these prompts
     alone. Prompts of similar length, longest first, waste least.
 
-    Raises BadDataError when a prompt fills the model's context.
+    Raises BadDataError when a prompt fills the model's context, NotFiniteError, whose message is the key of the sample,
+    when the model gives values that are not numbers.
     """
     window = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
     for prompt, key in zip(prompts, keys, strict=True):
@@ -91,6 +92,11 @@ def generate(
 
     def settle(rows: _Rows, logits: torch.Tensor) -> _Rows:
         """Draw a token for every row; the rows that go on."""
+        finite = torch.isfinite(
+            logits.amax(-1)
+        )  # NaN or +inf anywhere in a row is its maximum; -inf is a masked token
+        if not bool(finite.all()):
+            raise NotFiniteError(keys[rows.index[int((~finite).nonzero()[0])]])
         tokens = pick(logits, decoding, [streams[i] for i in rows.index])
         keep = []
         for row, (index, token) in enumerate(zip(rows.index, tokens, strict=True)):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.errors import CancelledError, MedmergeError
+from engine.errors import CancelledError, MedmergeError, NotFiniteError
 from engine.evaluate.bench import Bench
 from engine.evaluate.cells import Cell
 from engine.evaluate.recorder import Recorder
 
 
 def measure(bench: Bench, recorder: Recorder, cells: Sequence[Cell]) -> None:
-    """Measure all cells. One whose GGUF file or server gives up is marked failed, and the others go on."""
+    """Measure all cells. One whose GGUF file or server gives up, or whose model gives values that are not numbers, is
+    marked failed, and the others go on."""
     for cell in cells:
         try:
             measure_cell(bench, recorder, cell)
         except MedmergeError as error:
-            if cell.model is None or isinstance(error, CancelledError):
+            broken = isinstance(error, NotFiniteError)
+            if isinstance(error, CancelledError) or (cell.model is None and not broken):
                 raise
             recorder.fail(cell, str(error))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.errors import BadInputError, CancelledError, ChildFailedError, MedmergeError
+from engine.errors import BadInputError, CancelledError, ChildFailedError, MedmergeError, NotFiniteError
 from engine.evaluate import local
 from engine.evaluate.bench import Bench
 from engine.evaluate.cells import Cell
@@ -193,8 +193,10 @@ class _Dispatch:
         self.recorder.advance(cell, piece.done)
 
     def _give_up(self, cell: Cell, error: MedmergeError) -> None:
-        """As on this machine: an error of a file's cell fails that cell, one of a mixture's ends the run."""
-        if cell.model is None or isinstance(error, CancelledError):
+        """As on this machine: an error of a file's cell fails that cell, one of a mixture's ends the run, unless it is
+        that the mixture gives values that are not numbers."""
+        broken = isinstance(error, NotFiniteError)
+        if isinstance(error, CancelledError) or (cell.model is None and not broken):
             raise error
         self.recorder.fail(cell, str(error))
 

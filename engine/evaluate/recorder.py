@@ -58,12 +58,12 @@ class Recorder:
 
     def begin(self, cell: Cell) -> None:
         """Called before a cell is measured. Raises BadInputError when a weight file changed since the run started."""
-        self.check_files()
+        self.check_files(cell)
         self._started.setdefault(cell.hash, (time.monotonic(), 0))
 
-    def check_files(self) -> None:
-        """Raises BadInputError naming a weight file that is not what it was when the run started."""
-        path = changed_since(self._stamps)
+    def check_files(self, cell: Cell) -> None:
+        """Raises BadInputError naming a file this cell needs that is not what it was when the run started."""
+        path = changed_since(self._stamps, cell)
         if path is not None:
             raise BadInputError(
                 f"{path} changed on disk since this run started",
@@ -86,7 +86,7 @@ class Recorder:
 
         Raises BadRecipeError when the rows kept are of other samples, BadInputError when a weight file changed.
         """
-        self.check_files()
+        self.check_files(cell)
         samples = self.samples_of(cell)
         if self.kept(cell) != {sample.id for sample in samples}:
             raise BadRecipeError(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from engine.errors import NotFiniteError
 from engine.evaluate import choice
 from engine.evaluate.cells import Cell
 from engine.evaluate.data import Sample
@@ -27,6 +29,21 @@ def sha256(text: str) -> str:
 def finished(sample: Sample, prompt: str, row: Row) -> Row:
     """The row with the sample's id and the hash of the prompt as sent."""
     return {"id": sample.id, "prompt_sha256": sha256(prompt), **row}
+
+
+def not_finite(cell: Cell, sample: str) -> NotFiniteError:
+    """The error of a model whose logits are NaN or infinite: argmax would choose token 0, and look like an answer."""
+    return NotFiniteError(
+        f"{cell.spec['base']['name']}, {cell.title}, sample {sample}: the model gives values that are not numbers",
+        "are its weights too large for float16, or damaged? try dtype: bfloat16 or float32, or smaller weights",
+    )
+
+
+def all_finite(cell: Cell, sample: Sample, logprobs: Sequence[float]) -> Sequence[float]:
+    """The log-likelihoods as they are. Raises NotFiniteError naming model, mixture and sample."""
+    if not all(math.isfinite(value) for value in logprobs):
+        raise not_finite(cell, sample.id)
+    return logprobs
 
 
 def answer_row(

@@ -264,7 +264,11 @@ def _eval() -> Json:
     found["then"] = {
         "if": {"properties": {"adapters": {"type": "object", "minProperties": 1}}, "required": ["adapters"]},
         "then": {"required": ["weights"], "properties": {"weights": {"not": {"type": "null"}}}},
-        "properties": {"weights": {"not": {"type": "array", "maxItems": 0}}},
+        "anyOf": [  # a base without mixtures is there for its template, and something else is measured
+            {"properties": {"weights": {"not": {"type": "array", "maxItems": 0}}}},
+            {"properties": {"gguf": some}, "required": ["gguf"]},
+            {"properties": {"servers": some}, "required": ["servers"]},
+        ],
     }
     found["else"] = {
         "description": "without a base there are no mixtures, only files or servers",

@@ -23,7 +23,7 @@ from typing import Any
 
 from engine.atomic import fsync_path, write_json, write_text
 from engine.errors import BadInputError, TargetExistsError
-from engine.evaluate.cells import FORMAT, Cell
+from engine.evaluate.cells import FORMAT, READABLE, Cell
 
 CONFIG, CELLS, PROMPTS, TABLE, LOCK = "config.yaml", "cells.json", "prompts.jsonl", "table.json", ".lock"
 
@@ -170,7 +170,7 @@ class RunStore:
         path = self.folder / CELLS
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw["format"] != FORMAT or not isinstance(raw["cells"], list):
+            if raw["format"] not in READABLE or not isinstance(raw["cells"], list):
                 raise ValueError(f"its format is {raw['format']!r}, expected {FORMAT!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInputError(f"{self.folder} is not an evaluation run: {path.name}: {error}") from error

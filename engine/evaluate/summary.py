@@ -170,18 +170,20 @@ def label_of(spec: Mapping[str, Any]) -> str:
 
 
 def load_table(run: Path) -> list[MetricRow]:
-    """The metric rows of a run, from table.json if it is of exactly the cells done now, else from the rows.
+    """The metric rows of a run, from table.json if it is of exactly the cells done now and made by the
+    rules of now, else from the rows.
 
     Raises BadInputError when the folder is no run.
     """
     from engine.evaluate import corrections
+    from engine.evaluate.rules import rules_sha256
     from engine.evaluate.store import TABLE, RunStore
 
     store = RunStore(run)
     done = [cell["hash"] for cell in store.cells()["cells"] if store.is_done(cell["hash"])]
     try:
         kept = json.loads((run / TABLE).read_text(encoding="utf-8"))
-        same = kept["cells"] == done and kept["version"] == TABLE_VERSION
+        same = kept["cells"] == done and kept["version"] == TABLE_VERSION and kept["rules"] == rules_sha256()
         if same and kept.get("corrections") == corrections.stamp(run):
             return [MetricRow.from_dict({**row, "run": run.name}) for row in kept["rows"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -191,7 +193,7 @@ def load_table(run: Path) -> list[MetricRow]:
     return compute(run)
 
 
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from engine.errors import BadInputError
 from engine.evaluate import comparable, corrections
 from engine.evaluate.against import Group, Reference, compared, decoding_name, reference_of, with_holm
 from engine.evaluate.halves import halves
+from engine.evaluate.rules import rules_sha256
 from engine.evaluate.series import Corrections, Series, Spec, series_of
 from engine.evaluate.statistics import bootstrap_interval, clopper_pearson, seed_spread
 from engine.evaluate.store import TABLE, RunStore
@@ -39,6 +40,7 @@ def compute(folder: Path, write: bool = False, half: str = "all", against: str =
         done = [entry["hash"] for entry in store.cells()["cells"] if store.is_done(entry["hash"])]
         value = {
             "version": TABLE_VERSION,
+            "rules": rules_sha256(),
             "cells": done,
             "corrections": corrections.stamp(folder),
             "rows": [row.to_dict() for row in rows],

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from engine.merge.manifest import NAME, is_merge, manifest_path
 
+WEIGHTS = (".safetensors", ".gguf")
+
 
 def doubts(model: Path, sha256: Mapping[str, str]) -> list[str]:
     """Sentences on a checkpoint folder or GGUF file that is a merge; [] when it is none or was found right.
@@ -42,4 +44,10 @@ def doubts(model: Path, sha256: Mapping[str, str]) -> list[str]:
     changed = sorted(name for name, value in sha256.items() if name in files and files[name] != value)
     if changed:
         found.append(f"{model.name}: {', '.join(changed)} changed since the manifest was written")
+    added = sorted(name for name in sha256 if name not in files)
+    if added:
+        found.append(f"{model.name}: its manifest does not name {', '.join(added)}")
+    gone = sorted(name for name in files if name.endswith(WEIGHTS) and name not in sha256)
+    if gone:
+        found.append(f"{model.name}: {', '.join(gone)} of its manifest is not there, or not used")
     return found

@@ -26,7 +26,7 @@ from engine.evaluate.data import Sample
 from engine.evaluate.generate import answer_text, ended, find_stops, pick, stream
 from engine.evaluate.likelihood import length_batches
 from engine.evaluate.prompts import prompt_of
-from engine.evaluate.rows import Row, answer_row, choice_row, finished, reference_row, text_row
+from engine.evaluate.rows import Row, all_finite, answer_row, choice_row, finished, reference_row, text_row
 from engine.gguf.convert import SOURCE_KEY
 
 ROOM = 32768  # tokens of prompts and answers kept at a time: 3.5 GB for an 8B model (16-bit keys and values)
@@ -276,6 +276,8 @@ class GgufWork:
 
     def _score_row(self, index: int, found: list[list[float]]) -> Row:
         sample = self.samples[index]
+        for logprobs in found:
+            all_finite(self.cell, sample, logprobs)
         if self.cell.kind == "multiple_choice":
             return choice_row(self.cell, sample, [sum(logprobs) for logprobs in found])
         if self.cell.kind == "references":

@@ -72,7 +72,14 @@ class ServerBackend:
                 f"server {self.server.name}: template 'model' is that of a base, and this config has none",
                 f"name one (templates: [{next(iter(templates.BUILTIN))}]), or use the server's own: api: chat",
             )
-        return templates.load(cell.template, self.base)
+        found = templates.load(cell.template, self.base)
+        planned = cell.spec.get("template_sha256")
+        if planned and templates.describe(found)["sha256"] != planned:
+            raise BadRecipeError(
+                f"server {self.server.name}: template {cell.template!r} changed since this run started",
+                "start again under another --out",
+            )
+        return found
 
     def _model(self, client: Client) -> str:
         """The model's name, or that of the first the server lists."""
@@ -85,7 +92,7 @@ class ServerBackend:
             raise ServerError(
                 f"{self.server.url}/models lists no model", "name one in the config: model: NAME"
             )
-        return name
+        return _clean(name)
 
 
 class ServerWork:
@@ -135,6 +142,7 @@ class ServerWork:
         sample, prompt = self.samples[index], self.prompts[index]
         answer = self._ask(index)
         raw, finish = _text(answer, self.server)
+        raw = _clean(raw)
         usage = answer.get("usage")
         used = usage if isinstance(usage, dict) else {}
         served = answer.get("model")
@@ -142,7 +150,7 @@ class ServerWork:
             self.cell, sample, prompt, raw, finish, _count(used.get("prompt_tokens")),
             _count(used.get("completion_tokens")),
         )  # fmt: skip
-        row["served"] = served if isinstance(served, str) and served else self.model
+        row["served"] = _clean(served) if isinstance(served, str) and served else self.model
         return finished(sample, prompt, row)
 
     def _ask(self, index: int) -> dict[str, Any]:
@@ -221,6 +229,11 @@ def _text(answer: dict[str, Any], server: Server) -> tuple[str, str]:
     if not content and finish == "length":
         return f"<think>{thought}", finish
     return f"<think>{thought}</think>{content or ''}", finish
+
+
+def _clean(text: str) -> str:
+    """What UTF-8 cannot hold (half of a surrogate pair, as a cut answer may end in) becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _count(value: Any) -> int:
