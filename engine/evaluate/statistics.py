@@ -257,7 +257,7 @@ def paired_bootstrap(
     randomisation, two-sided (Yeh, COLING 2000; Riezler and Maxwell, 2005): if the two models do not differ, their
     answers to an item may change places; p is the share of exchanges with a difference at least as large as the
     observed one, of all exchanges up to 11 items, of `resamples` random ones and the observed one beyond. (A p read off
-    the bootstrap is far too small on few items: under .05 for half of all null pairs of two items, 14% of eight.)
+    the bootstrap is far too small on few items: under .05 for half of all null pairs of two items, 12% of eight.)
     Exchanges without a value are left out; p is nan where the observed difference has none.
     first, second: (n, k) statistics of the same items in the same order.
     """
