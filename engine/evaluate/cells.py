@@ -5,8 +5,8 @@ A model is a mixture of the base and its adapters, a GGUF file, or one behind a 
 A cell's hash covers everything its rows depend on (file hashes, weights, dtypes, device, template and its text,
 decoding, seed, library versions), so that equal hash means equal rows, and a finished cell can be taken from
 another run. What does not matter to a kind is left out: multiple choice and perplexity know no template and no
-decoding, greedy decoding no seed. What a server runs cannot be hashed: its cells hold its name, address and model, and are
-never taken from another run.
+decoding, greedy decoding no seed. What a server runs cannot be hashed: its cells hold its name, address and
+model, and are never taken from another run.
 """
 
 from __future__ import annotations

@@ -521,3 +521,10 @@ def test_the_key_is_nowhere_in_a_run(bad, data, tmp_path, monkeypatch):
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(files) > 5 and KEY not in everything
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_half_of_a_surrogate_pair_can_be_kept(bad, data):
+    bad.script = [says(completion("Rest \ud83d", model="m\udc00"))]
+    row = ask(bad, data)[0]
+    assert row["raw"] == row["text"] == "Rest ?" and row["served"] == "m?"
+    json.dumps(row, ensure_ascii=False).encode()
