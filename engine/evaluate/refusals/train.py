@@ -25,7 +25,7 @@ from engine.errors import BadDataError
 from engine.evaluate.refusals.classifier import (
     CLASSES,
     FILE,
-    VERSION,
+    WEIGHTS,
     Classifier,
     coarse,
     column_order,
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = [read_xstest(asked.xstest, model) for model in MODELS]
     crisis = read_crisis("fit")
     settings = choose(parts, crisis)
-    classifier, _ = fit([*itertools.chain(*parts), *crisis], settings, VERSION)
+    classifier, _ = fit([*itertools.chain(*parts), *crisis], settings, WEIGHTS)
     classifier.save(asked.out)
     print(f"{asked.out}: {settings}, {len(classifier.idf)} n-grams, {asked.out.stat().st_size} bytes")
     if asked.report:
