@@ -265,8 +265,9 @@ def _tested(row: MetricRow) -> str:
     words = f"p = {row.p:.2g}"
     if row.p_holm is not None and row.tests > 1:
         words += f", {row.p_holm:.2g} after Holm over {row.tests} tests"
+    alone = " for one test alone" if row.tests > 1 else ""
     if row.least is not None:
-        words += f"; {row.least:.1f} points would be significant"
+        words += f"; {row.least:.1f} points would be significant{alone}"
     if row.indistinguishable and row.needed is not None and row.needed > row.n:
-        words += f"; about {row.needed:,} samples would be needed for this difference"
+        words += f"; about {row.needed:,} samples would be needed for this difference{alone}"
     return f"{told} {row.versus} ({words})"
