@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +27,25 @@ from engine.jobs import JobSpec, JobStore, cancel, launch
 from engine.jobs.events import EventWriter
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'medmerge-tui[ray]'")
+_BARE = """
+import ray
+ray.init("local", num_cpus=2, include_dashboard=False, logging_level="error")
+assert ray.get(ray.remote(lambda: 42).remote(), timeout=60) == 42
+ray.shutdown()
+"""
 SAMPLES = 16  # with a batch size of 1, text comes in four pieces of four
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_itself_runs_here() -> None:
+    """Where Ray alone, without this program, cannot start two workers (no shared memory, no processes), nothing can
+    be told: skip with Ray's own words."""
+    try:
+        bare = subprocess.run([sys.executable, "-c", _BARE], capture_output=True, text=True, timeout=150)
+    except subprocess.TimeoutExpired:
+        pytest.skip("Ray alone does not start here within 150 s")
+    if bare.returncode:
+        pytest.skip(f"Ray alone does not start here: {bare.stderr[-300:]}")
 
 
 @pytest.fixture(autouse=True)
