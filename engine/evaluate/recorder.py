@@ -71,7 +71,11 @@ class Recorder:
             )
 
     def add(self, cell: Cell, rows: Sequence[Row], prompts: Sequence[str]) -> None:
-        """Keep finished rows and the prompts they were asked with."""
+        """Keep finished rows and the prompts they were asked with.
+
+        Raises BadInputError when a weight file changed: rows that may be of another model are not kept.
+        """
+        self.check_files(cell)
         self.store.append(cell, rows, {sha256(text): text for text in prompts})
         when, tokens = self._started.get(cell.hash, (time.monotonic(), 0))
         tokens += sum(max(0, int(row.get("new_tokens") or row.get("tokens") or 0)) for row in rows)
