@@ -197,7 +197,7 @@ def test_an_adapter_that_changes_during_the_run_ends_it(sweep_config, tmp_path):
         job.run(params(sweep_config, out), Meddler(weights))
     assert not list((out / "cells").glob("*.parquet"))  # nothing measured with it counts as done
     (kept,) = (out / "cells").glob("*.jsonl")
-    assert len(kept.read_text().splitlines()) == 1 + 3  # the batch before it changed, and the line of the cell
+    assert len(kept.read_text().splitlines()) == 1 + 3  # the cell, and the batch before it changed
     # measured again from the start, the cells have the hash of what is there now
     again = job.run(params(sweep_config, tmp_path / "runs" / "b"), EventWriter())
     assert again["reused"] == 0 and again["exit_code"] == 0
