@@ -98,7 +98,7 @@ def stamps_of(config: EvalConfig) -> Stamps:
     """
     folders = [*config.adapters.values(), *([config.base] if config.base else [])] if config.weights else []
     files = [path for folder in folders for path in sorted(folder.iterdir()) if _matters(path)]
-    return {path: _stamp(path) for path in [*files, *(file.path for file in config.gguf)]}
+    return {path: stamp_of(path) for path in [*files, *(file.path for file in config.gguf)]}
 
 
 def changed_since(stamps: Stamps, cell: Cell) -> Path | None:
@@ -109,7 +109,7 @@ def changed_since(stamps: Stamps, cell: Cell) -> Path | None:
         read = [cell.model.path]
     else:
         read = [path for path in stamps if path.suffix != ".gguf"]
-    return next((path for path in read if path in stamps and _stamp(path) != stamps[path]), None)
+    return next((path for path in read if path in stamps and stamp_of(path) != stamps[path]), None)
 
 
 def _matters(path: Path) -> bool:
@@ -119,7 +119,8 @@ def _matters(path: Path) -> bool:
     return path.is_file() and (weights or (named and path.suffix in (".json", ".jinja", ".model")))
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """Size, time and inode of a file; (-1, 0, 0) when it is gone."""
     try:
         stat = path.stat()
     except OSError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import MedmergeError
-from engine.evaluate.bench import Bench, Stamps, stamps_of
+from engine.evaluate.bench import Bench, Stamps, stamp_of, stamps_of
 from engine.evaluate.cells import FORMAT, Cell, base_sha256
 from engine.evaluate.config import EvalConfig, GgufFile
 from engine.evaluate.data import Sample
@@ -70,7 +70,7 @@ class Wanted:
         if not path.exists():
             return f"{path} is not there"
         try:
-            if mine and all(_stamp(p) == stamp for p, stamp in mine.items()):
+            if mine and all(stamp_of(p) == stamp for p, stamp in mine.items()):
                 return ""
             here = _sha256(path, config)
         except (MedmergeError, OSError) as error:
@@ -78,14 +78,6 @@ class Wanted:
         return (
             "" if here == self.files[path] else f"{path} holds something else there (SHA-256 {here[:12]}...)"
         )
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return (-1, 0, 0)
-    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 def _sha256(path: Path, config: EvalConfig) -> str:

@@ -6,7 +6,6 @@ their interval is a percentile bootstrap over samples (engine/evaluate/statistic
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from engine.errors import BadDataError
 from engine.evaluate.data import Sample
+from engine.evaluate.halves import HALVES, half_of
 from engine.evaluate.statistics import FloatArray, bootstrap_interval, paired_bootstrap, ratio
 
 Row = Mapping[str, Any]
@@ -24,13 +24,13 @@ SMALL = 30  # under so many held-out samples an interval is a rough one
 
 
 def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """(dev, held out) by the parity of the first byte of SHA-256(id): a sample stays on its side when the file grows.
+    """(dev, held out), as `half_of` says: a sample stays on its side when the file grows.
 
     Raises BadDataError when a half has fewer than two samples.
     """
     halves: tuple[list[Sample], list[Sample]] = ([], [])
     for sample in samples:
-        halves[hashlib.sha256(sample.id.encode()).digest()[0] % 2].append(sample)
+        halves[HALVES.index(half_of(sample.id))].append(sample)
     if min(map(len, halves)) < 2:
         raise BadDataError(
             f"{len(samples)} samples split by id into {len(halves[0])} and {len(halves[1])}: too few to choose "
